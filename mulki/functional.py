@@ -247,20 +247,10 @@ def teacher_kl(
         checks.is_tensor("target", target, "an int64 tensor of class indices")
     if check_finite:
         _check_finite_models(student, teachers, weights)
-    loss, kl, used, entropy = ops.teacher_kl.loss(
-        student.operands,
-        [teacher.operands for teacher in teachers],
-        float(temperature),
-        scale_by_t2,
-        weights,
-        weighting,
-        target,
-        class_mask,
-        reduction,
-    )
-    if return_details:
-        return loss, TeacherDetails(kl, used, entropy)
-    return loss
+    options = float(temperature), scale_by_t2, weights, weighting, target, class_mask, reduction
+    others = [teacher.operands for teacher in teachers]
+    loss, *details = ops.teacher_kl.loss(student.operands, others, *options)
+    return (loss, TeacherDetails(*details)) if return_details else loss
 
 
 @overload
@@ -381,18 +371,10 @@ def pair_teacher_kl(
     checks.real("temperature", temperature)
     if check_finite:
         _check_finite_models(student, teachers, weights)
-    loss, kl, used, entropy = ops.pair_kl.loss(
-        student.operands,
-        [teacher.operands for teacher in teachers],
-        float(temperature),
-        scale_by_t2,
-        weights,
-        weighting,
-        reduction,
-    )
-    if return_details:
-        return loss, TeacherDetails(kl, used, entropy)
-    return loss
+    options = float(temperature), scale_by_t2, weights, weighting, reduction
+    others = [teacher.operands for teacher in teachers]
+    loss, *details = ops.pair_kl.loss(student.operands, others, *options)
+    return (loss, TeacherDetails(*details)) if return_details else loss
 
 
 def clip_contrastive(

@@ -292,13 +292,14 @@ def _tasks(argv: list[str]) -> int:
     """The tasks of a sequence, with their classes: mulki tasks embedded --json"""
     from mulki.app.listing import list_tasks
     from mulki.choices.options import check_options, convert
-    from mulki.data import Source
     from mulki.train.config.imports import import_modules
     from mulki.train.config.run_config import RunConfig
-    from mulki.train.config.tasks import csv_form, limit_reading
+    from mulki.train.config.tasks import limit_reading
 
-    reading = ("test_fraction", "skip_bad_images", "max_pixels", "max_member_mb")
-    columns = ("csv_img_key", "csv_caption_key", "csv_separator")
+    options = (
+        *("order", "data_root", "protocol", "test_fraction", "skip_bad_images", "max_pixels"),
+        *("max_member_mb", "csv_img_key", "csv_caption_key", "csv_separator"),
+    )
     parser = Parser(prog="mulki tasks", description=_tasks.__doc__)
     parser.add_argument(
         "names",
@@ -307,7 +308,7 @@ def _tasks(argv: list[str]) -> int:
         help="a sequence, or folders (class folders, tar shards, data sets of Hugging Face), CSV "
         "files and captions:PATH",
     )
-    for name in ("import_", "order", "data_root", "protocol", *reading, *columns):
+    for name in ("import_", *options):
         add_options(parser, RunConfig, only=name)
     parser.add_argument("--json", action="store_true", help="print names and classes as JSON")
     parser.add_argument(
@@ -317,20 +318,11 @@ def _tasks(argv: list[str]) -> int:
     )
     given = parser.parse_args(with_hyphens(argv))
     import_modules(given.import_ or ())
-    chosen = {name: getattr(given, name) for name in (*reading, *columns)}
-    config = RunConfig(**convert(RunConfig, {k: v for k, v in chosen.items() if v is not None}))
+    chosen = {k: v for k, v in vars(given).items() if k in options and v is not None}
+    config = RunConfig(**convert(RunConfig, chosen | {"tasks": given.names}))
     check_options(config)
     limit_reading(config)
-    return list_tasks(
-        given.names,
-        given.order or RunConfig.order,
-        Source(given.data_root, given.protocol),
-        test_fraction=config.test_fraction,
-        skip_bad_images=config.skip_bad_images,
-        form=csv_form(config),
-        as_json=given.json,
-        download=given.prepare,
-    )
+    return list_tasks(config, as_json=given.json, download=given.prepare)
 
 
 def _bench(argv: list[str]) -> int:

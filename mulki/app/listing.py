@@ -8,8 +8,7 @@ from collections.abc import Sequence
 from rich.text import Text
 
 from mulki.console import Console
-from mulki.data import CaptionTask, Source, Task, load_sequence, sequence_names
-from mulki.data.csv_files import CsvForm
+from mulki.data import CaptionTask, Source, Task, sequence_names
 from mulki.data.published import Entry, entry
 from mulki.data.published.collections import COLLECTIONS, Collection
 from mulki.data.published.prepare import prepare
@@ -17,29 +16,18 @@ from mulki.data.sequences import order_without_sequence, without_effect
 from mulki.errors import InputError
 from mulki.printing import say
 from mulki.report.tables import plain_table
+from mulki.train.config.run_config import RunConfig
+from mulki.train.config.tasks import load_tasks
 from mulki.train.display.progress import megabytes
 
 
-def list_tasks(
-    names: Sequence[str],
-    order: str,
-    source: Source,
-    *,
-    test_fraction: float | None = None,
-    skip_bad_images: bool = False,
-    form: CsvForm | None = None,
-    as_json: bool = False,
-    download: bool = False,
-) -> int:
-    """Print the tasks that a user names, or all sequences.
+def list_tasks(config: RunConfig, *, as_json: bool = False, download: bool = False) -> int:
+    """Print the tasks that a user names, or all sequences where none are.
 
     Published data sets are listed from their facts where no data root is given.
 
     Args:
-        names: as of `mulki.data.load_sequence`; none for all sequences.
-        order: of a named sequence.
-        source: where published data sets lie.
-        test_fraction, skip_bad_images, form: as of `mulki.data.load_sequence`.
+        config: names the tasks, and says how they are read.
         as_json: print names and classes as JSON.
         download: download what is missing of published data sets, and check them.
 
@@ -50,6 +38,7 @@ def list_tasks(
         InputError: what `load_sequence` refuses, a download of other tasks than published ones, or
             a download as JSON.
     """
+    names, source = config.tasks, Source(config.data_root, config.protocol)
     if download and as_json:
         raise InputError("--json: --prepare prints a table; leave one of the two out")
     if download and not names:
@@ -57,9 +46,9 @@ def list_tasks(
     if not names:
         print(json.dumps(sequence_names()) if as_json else "\n".join(sequence_names()))
         return 0
-    published = _published(names, order)
-    if published is not None and test_fraction is not None:
-        raise without_effect(test_fraction)
+    published = _published(names, config.order)
+    if published is not None and config.test_fraction is not None:
+        raise without_effect(config.test_fraction)
     if download:
         if published is None:
             raise InputError(
@@ -70,14 +59,7 @@ def list_tasks(
     if published is not None and source.root is None:
         _print_facts(*published, source, as_json)
         return 0
-    tasks = load_sequence(
-        names,
-        order,
-        skip_bad_images=skip_bad_images,
-        test_fraction=test_fraction,
-        form=form or CsvForm(),
-        source=source,
-    )
+    tasks = load_tasks(config)
     if as_json:
         _print_json([(task.name, task.classes) for task in tasks])
         return 0

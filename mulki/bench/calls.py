@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -17,26 +16,10 @@ from mulki.bench.outcomes import Outcome, named, outcome
 from mulki.bench.providers import Provider
 
 
-class Calls(Protocol):
-    """What is asked of a provider at a case."""
-
-    @property
-    def modes(self) -> tuple[str, ...]:
-        """Those of MODES that it can be timed in."""
-
-    def outcome(self) -> Outcome: ...
-
-    def seconds(self, mode: str, ahead: bool) -> float:
-        """Of one call; with `ahead` of the device alone, and NaN where it cannot be told."""
-
-    def memory(self, mode: str) -> dict[str, int]:
-        """Extra bytes by kind; empty where they cannot be told."""
-
-
 class FunctionCalls:
     """A loss is called each time."""
 
-    modes = MODES
+    modes = MODES  # those of them that it can be timed in
 
     def __init__(self, provider: Provider, case: Case, loss: Loss, inputs: Inputs) -> None:
         self._loss, self._inputs, self._device = loss, inputs, case.device
@@ -48,11 +31,13 @@ class FunctionCalls:
             return outcome(self._loss, self._inputs)
 
     def seconds(self, mode: str, ahead: bool) -> float:
+        """Of one call; with `ahead` of the device alone, and NaN where it cannot be told."""
         with self._context():
             window = self._windows[mode] if ahead else None
             return call_cost.timed(mode, self._loss, self._inputs, self._device, window)
 
     def memory(self, mode: str) -> dict[str, int]:
+        """Extra bytes by kind; empty where they cannot be told."""
         return call_cost.extra_memory(mode, self._loss, self._inputs, self._device, self._context)
 
 
@@ -131,9 +116,12 @@ class ProductCalls:
         return {}
 
 
+Calls = FunctionCalls | GraphCalls | ProductCalls
+
+
 def calls_of(provider: Provider, case: Case, inputs: Inputs) -> Calls:
     """The calls of a provider, made ready."""
     if provider.products:
         return ProductCalls(case, inputs)
-    kind: Callable[..., Calls] = GraphCalls if provider.graphed else FunctionCalls
+    kind = GraphCalls if provider.graphed else FunctionCalls
     return kind(provider, case, provider.make(case), inputs.without(provider.without))

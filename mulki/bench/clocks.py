@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -32,27 +32,8 @@ class Window:
         return self.seconds > _LONGEST
 
 
-class Clock(Protocol):
-    """Marks points in time, and tells the seconds between two of them."""
-
-    def ready(self, window: Window | None) -> None:
-        """Bring the device into the state that every timed call starts from.
-
-        Args:
-            window: let the host queue the call before the device begins with it, so that the
-                device alone is timed; a host's clock cannot. None for an idle device.
-        """
-
-    def mark(self) -> Any: ...
-
-    def is_behind(self, mark: Any) -> bool:
-        """Whether the device has still to come to a mark."""
-
-    def seconds(self, start: Any, stop: Any) -> float: ...
-
-
 def seconds_of(
-    clock: Clock,
+    clock: HostClock | EventClock,
     prepare: Callable[[], _Given],
     call: Callable[[_Given], object],
     window: Window | None = None,
@@ -90,15 +71,23 @@ class HostClock:
         self._device = device
 
     def ready(self, window: Window | None) -> None:
+        """Bring the device into the state that every timed call starts from.
+
+        Args:
+            window: let the host queue the call before the device begins with it, so that the
+                device alone is timed; a host's clock cannot. None for an idle device.
+        """
         assert window is None
 
-    def mark(self) -> float:
+    def mark(self) -> Any:
+        """A point in time."""
         return now(self._device)
 
-    def is_behind(self, mark: float) -> bool:
+    def is_behind(self, mark: Any) -> bool:
+        """Whether the device has still to come to a mark."""
         return False
 
-    def seconds(self, start: float, stop: float) -> float:
+    def seconds(self, start: Any, stop: Any) -> float:
         return stop - start
 
 
@@ -133,7 +122,7 @@ class EventClock:
 
 
 @functools.cache
-def clock_of(device: str) -> Clock:
+def clock_of(device: str) -> HostClock | EventClock:
     """Events on CUDA and HIP, the host's clock elsewhere."""
     return EventClock(device) if has_events(device) else HostClock(device)
 

@@ -104,7 +104,7 @@ class JoinedShards(Joined[ShardImages]):
         starts = [0, *self._ends]
         return JoinedShards(
             tuple(
-                part.subset([i for i in range(len(part)) if chosen[start + i]])
+                part.chosen(chosen[start : start + len(part)])
                 for part, start in zip(self.parts, starts, strict=False)
             )
         )

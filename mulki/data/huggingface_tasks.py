@@ -9,18 +9,15 @@ from __future__ import annotations
 
 import os
 import zlib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
-from itertools import compress
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
-from mulki.data.decoding import BadImage, decode, verify
+from mulki.data.decoding import BadImage
 from mulki.data.held_out import OPTION, divided
 from mulki.data.image_files import (
+    EncodedImages,
     choose_templates,
     class_without_images,
     classes_of_one_split,
@@ -29,7 +26,7 @@ from mulki.data.image_files import (
     split_folder,
     split_name,
 )
-from mulki.data.task import Task, split_fingerprint
+from mulki.data.task import Task
 from mulki.errors import InputError
 from mulki.files import check_regular, from_json
 
@@ -41,7 +38,7 @@ _END = b"\xff\xff\xff\xff\x00\x00\x00\x00"
 
 
 @dataclass(frozen=True)
-class ArrowImages:
+class ArrowImages(EncodedImages):
     """Images in rows of a Hugging Face data set; an `ImageSet`. They stay on disk until loaded.
 
     Attributes:
@@ -63,45 +60,17 @@ class ArrowImages:
     marks: tuple[int, ...]
     targets: tuple[int, ...]
 
-    def __len__(self) -> int:
-        return len(self.places)
-
-    def load(self, index: int) -> Image.Image:
-        return decode(self._source(index), self.name(index))
-
-    def verify(self, index: int) -> None:
-        verify(self._source(index), self.name(index))
-
     def name(self, index: int) -> str:
         return f"{self.folder}[{self.places[index]}]"
 
-    def fingerprint(self) -> str:
-        return self._fingerprint
-
-    @cached_property
-    def _fingerprint(self) -> str:
+    def identities(self) -> Iterator[str]:
         # The number of a row stays where rows change places.
-        names = (f"{row} {mark:08x}" for row, mark in zip(self.places, self.marks, strict=True))
-        return split_fingerprint(zip(names, self.sizes, self.targets, strict=True))
-
-    def without(self, names: Mapping[str, BadImage]) -> ArrowImages:
-        """The images whose `name` is not among these."""
-        return self.chosen([self.name(i) not in names for i in range(len(self))])
+        return (f"{row} {mark:08x}" for row, mark in zip(self.places, self.marks, strict=True))
 
     @property
     def files(self) -> tuple[str, ...]:
         """Numbers of rows, by which the images are divided, [n]."""
         return tuple(map(str, self.places))
-
-    def chosen(self, chosen: Sequence[bool]) -> ArrowImages:
-        """The images whose place in `chosen`, [n], is true."""
-        return replace(
-            self,
-            places=tuple(compress(self.places, chosen)),
-            sizes=tuple(compress(self.sizes, chosen)),
-            marks=tuple(compress(self.marks, chosen)),
-            targets=tuple(compress(self.targets, chosen)),
-        )
 
     def _source(self, index: int) -> Path | bytes:
         try:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import compress
 from pathlib import Path
-from typing import Protocol
+from typing import TypeVar
 
 from PIL import Image
 
@@ -20,9 +21,58 @@ from mulki.data.prompts import DEFAULT_TEMPLATES, check_templates, read_template
 from mulki.data.task import ImageSet, split_fingerprint
 from mulki.errors import InputError
 
+_Images = TypeVar("_Images", bound="EncodedImages")
+
+
+class EncodedImages(ABC):
+    """The base of dataclasses of encoded images; of their fields, the tuples are [n]."""
+
+    sizes: tuple[int, ...]
+    targets: tuple[int, ...]
+
+    @abstractmethod
+    def _source(self, index: int) -> Path | bytes:
+        """The file of an image, or its bytes."""
+
+    @abstractmethod
+    def name(self, index: int) -> str:
+        """As of `ImageSet`."""
+
+    @abstractmethod
+    def identities(self) -> Iterable[str]:
+        """What of each image is the same wherever the set lies."""
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def load(self, index: int) -> Image.Image:
+        return decode(self._source(index), self.name(index))
+
+    def verify(self, index: int) -> None:
+        """Raises BadImage as `mulki.data.decoding.verify`."""
+        verify(self._source(index), self.name(index))
+
+    def fingerprint(self) -> str:
+        return self._fingerprint
+
+    @cached_property
+    def _fingerprint(self) -> str:
+        # Each step of a class-incremental sequence asks for that of the whole set.
+        return split_fingerprint(zip(self.identities(), self.sizes, self.targets, strict=True))
+
+    def without(self: _Images, names: Mapping[str, BadImage]) -> _Images:
+        """The images whose `name` is not among these."""
+        return self.chosen([self.name(i) not in names for i in range(len(self))])
+
+    def chosen(self: _Images, chosen: Sequence[bool]) -> _Images:
+        """The images whose place in `chosen`, [n], is true."""
+        parts = {name: of for name, of in vars(self).items() if isinstance(of, tuple)}
+        chosen_of = {name: tuple(compress(of, chosen)) for name, of in parts.items()}
+        return replace(self, **chosen_of)  # type: ignore[type-var]
+
 
 @dataclass(frozen=True)
-class ImageFiles:
+class ImageFiles(EncodedImages):
     """Image files of one split; an `ImageSet`.
 
     Attributes:
@@ -43,38 +93,14 @@ class ImageFiles:
         names = tuple(files)
         return cls(root, names, tuple(size_of(root / name) for name in names), (0,) * len(names))
 
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def load(self, index: int) -> Image.Image:
-        return decode(self.root / self.files[index], self.name(index))
-
-    def verify(self, index: int) -> None:
-        verify(self.root / self.files[index], self.name(index))
+    def _source(self, index: int) -> Path:
+        return self.root / self.files[index]
 
     def name(self, index: int) -> str:
-        return str(self.root / self.files[index])
+        return str(self._source(index))
 
-    def fingerprint(self) -> str:
-        return self._fingerprint
-
-    @cached_property
-    def _fingerprint(self) -> str:
-        # Each step of a class-incremental sequence asks for that of the whole set.
-        return split_fingerprint(zip(self.files, self.sizes, self.targets, strict=True))
-
-    def without(self, names: Mapping[str, BadImage]) -> ImageFiles:
-        """The images whose `name` is not among these."""
-        return self.chosen([self.name(i) not in names for i in range(len(self))])
-
-    def chosen(self, chosen: Sequence[bool]) -> ImageFiles:
-        """The images whose place in `chosen`, [n], is true."""
-        return ImageFiles(
-            self.root,
-            tuple(compress(self.files, chosen)),
-            tuple(compress(self.sizes, chosen)),
-            tuple(compress(self.targets, chosen)),
-        )
+    def identities(self) -> tuple[str, ...]:
+        return self.files
 
 
 SHARD_SUFFIXES = (".tar", ".tar.gz", ".tgz")
@@ -100,18 +126,9 @@ def checks_reported(listener: Callable[[int, int], None]) -> Iterator[None]:
 _AHEAD = 1000
 
 
-class Checkable(Protocol):
-    """Images that can be checked one by one."""
-
-    def __len__(self) -> int: ...
-
-    def name(self, index: int) -> str: ...
-
-    def verify(self, index: int) -> None:
-        """Raises BadImage as `mulki.data.decoding.verify`."""
-
-
-def find_unreadable(splits: Sequence[Checkable], *, skip_bad_images: bool) -> dict[str, BadImage]:
+def find_unreadable(
+    splits: Sequence[EncodedImages], *, skip_bad_images: bool
+) -> dict[str, BadImage]:
     """Check every image as far as that is cheap, and return the errors by `name`.
 
     PNG is checked by its checksums, JPEG by its header and end, other formats by decoding. Damage
@@ -122,7 +139,7 @@ def find_unreadable(splits: Sequence[Checkable], *, skip_bad_images: bool) -> di
     """
     places = [(images, i) for images in splits for i in range(len(images))]
 
-    def check(place: tuple[Checkable, int]) -> BadImage | None:
+    def check(place: tuple[EncodedImages, int]) -> BadImage | None:
         images, index = place
         try:
             images.verify(index)

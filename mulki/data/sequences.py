@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from mulki.choices.registration import place_of, register
 from mulki.data.caption_files import caption_task
@@ -119,9 +120,12 @@ def load_sequence(
         return _in_order(words[0], order, source)
     if order != "I":
         raise order_without_sequence(order)
-    tasks = [
-        _load_task(word, skip_bad_images, test_fraction, test_only, form, source) for word in words
-    ]
+    how = {
+        "skip_bad_images": skip_bad_images,
+        "test_fraction": test_fraction,
+        "test_only": test_only,
+    }
+    tasks = [_load_task(word, source, form, how) for word in words]
     tasks = [
         with_class_texts(task, Path(word))
         if word.partition(":")[0] not in (*_SEQUENCES, _CAPTIONS)
@@ -226,14 +230,8 @@ def _is_csv(path: Path) -> bool:
     return path.suffix.lower() in (".csv", ".tsv") and not path.is_dir()
 
 
-def _load_task(
-    word: str,
-    skip_bad_images: bool,
-    test_fraction: float | None,
-    test_only: bool,
-    form: CsvForm,
-    source: Source,
-) -> Task:
+def _load_task(word: str, source: Source, form: CsvForm, how: Mapping[str, Any]) -> Task:
+    # `how` has the arguments that all readers of folders and files take.
     if word in _SEQUENCES:
         raise InputError(
             f"{word}: a whole sequence stands alone; to combine, list its tasks one by one, "
@@ -241,13 +239,7 @@ def _load_task(
         )
     sequence, colon, name = word.partition(":")
     if colon and sequence == _CAPTIONS:
-        return caption_task(
-            name,
-            skip_bad_images=skip_bad_images,
-            test_fraction=test_fraction,
-            test_only=test_only,
-            form=form,
-        )
+        return caption_task(name, form=form, **how)
     if colon and sequence in _SEQUENCES:
         loader = _SEQUENCES[sequence]
         if isinstance(loader, Collection):
@@ -265,21 +257,13 @@ def _load_task(
             f"file; sequences are {', '.join(sequence_names())}"
         )
     if _is_csv(Path(word)):
-        return csv_task(
-            word,
-            skip_bad_images=skip_bad_images,
-            test_fraction=test_fraction,
-            test_only=test_only,
-            form=form,
-        )
+        return csv_task(word, form=form, **how)
     read = folder_task
     if holds_dataset(Path(word)):
         read = huggingface_task
     elif holds_shards(Path(word)):
         read = shard_task
-    return read(
-        word, skip_bad_images=skip_bad_images, test_fraction=test_fraction, test_only=test_only
-    )
+    return read(word, **how)
 
 
 @register_sequence("embedded")

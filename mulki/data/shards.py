@@ -22,10 +22,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from PIL import Image
-
-from mulki.data.decoding import SUFFIXES, decode, verify
-from mulki.data.task import Task, split_fingerprint
+from mulki.data.decoding import SUFFIXES
+from mulki.data.image_files import EncodedImages
+from mulki.data.task import Task
 from mulki.errors import InputError
 from mulki.files import check_regular, gunzip
 
@@ -51,7 +50,7 @@ Samples = dict[str, dict[str, Member]]
 
 
 @dataclass(frozen=True)
-class ShardImages:
+class ShardImages(EncodedImages):
     """The images of one tar shard, plain or gzipped; an `ImageSet`.
 
     Attributes:
@@ -83,31 +82,14 @@ class ShardImages:
             unpacked,
         )
 
-    def subset(self, places: Sequence[int]) -> ShardImages:
-        """Some of the images."""
-        return ShardImages(
-            self.path,
-            tuple(self.members[i] for i in places),
-            tuple(self.offsets[i] for i in places),
-            tuple(self.sizes[i] for i in places),
-            tuple(self.targets[i] for i in places),
-            self.unpacked,
-        )
-
-    def __len__(self) -> int:
-        return len(self.members)
-
-    def load(self, index: int) -> Image.Image:
-        return decode(self.read(index), self.name(index))
-
-    def verify(self, index: int) -> None:
-        verify(self.read(index), self.name(index))
+    def _source(self, index: int) -> bytes:
+        return self.read(index)
 
     def name(self, index: int) -> str:
         return f"{self.path}:{self.members[index]}"
 
-    def fingerprint(self) -> str:
-        return split_fingerprint(zip(self.members, self.sizes, self.targets, strict=True))
+    def identities(self) -> tuple[str, ...]:
+        return self.members
 
     def read(self, index: int, start: int = 0, count: int | None = None) -> bytes:
         """The bytes of an image from byte `start` on, at most `count` of them."""

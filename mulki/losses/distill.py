@@ -133,16 +133,9 @@ class DistillClipLoss(ClipLoss):
         self, student: Pairs, teachers: Sequence[Pairs], labels: bool
     ) -> tuple[Tensor, Tensor]:
         # The sums of the losses, and of the entropies; rows and columns share their products.
-        loss, _, weights, entropy = pair_kl.loss(
-            student.operands(),
-            [teacher.operands() for teacher in teachers],
-            self.temperature,
-            True,
-            None,
-            self.weighting,
-            "sum",
-            labels,
-        )
+        options = self.temperature, True, None, self.weighting, "sum", labels
+        others = [teacher.operands() for teacher in teachers]
+        loss, _, weights, entropy = pair_kl.loss(student.operands(), others, *options)
         return loss, self.temperature**2 * (weights * entropy).sum() / 2
 
     def _distill_sum(self, shard: Shard, student: Columns, teachers: Sequence[Columns]) -> Tensor:
@@ -150,17 +143,9 @@ class DistillClipLoss(ClipLoss):
         target = self.targets(shard, student.images.device) if looked_at else None
         total: Tensor | float = 0.0
         for side in (Columns.of_images, Columns.of_texts):
-            kl, _, weights, entropies = teacher_kl.loss(
-                side(student).operands,
-                [side(teacher).operands for teacher in teachers],
-                self.temperature,
-                True,
-                None,
-                self.weighting,
-                target,
-                None,
-                "sum",
-            )
+            options = self.temperature, True, None, self.weighting, target, None, "sum"
+            others = [side(teacher).operands for teacher in teachers]
+            kl, _, weights, entropies = teacher_kl.loss(side(student).operands, others, *options)
             entropy = (weights * entropies).sum()
             total = total + (kl + self.temperature**2 * entropy) / 2
         assert isinstance(total, Tensor)

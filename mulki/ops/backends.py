@@ -20,7 +20,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -37,16 +37,6 @@ CANDIDATES = {"cpu": ("cpp", "chunked")}
 ELSEWHERE = ("triton", "chunked")
 
 
-class Backend(Protocol):
-    """One implementation of the operators."""
-
-    def why_not(self, op: str, device_type: str, dtype: torch.dtype) -> str | None:
-        """Why it cannot serve `op`, in one sentence, or None when it can."""
-
-    def kernel(self, op: str) -> Kernel:
-        """The kernel of `op`; ask `why_not` first."""
-
-
 @dataclass(frozen=True)
 class PlainPyTorch:
     """Serves all operators on any device, by the function `run` of a module."""
@@ -54,9 +44,11 @@ class PlainPyTorch:
     module: str
 
     def why_not(self, op: str, device_type: str, dtype: torch.dtype) -> str | None:
+        """Why it cannot serve `op`, in one sentence, or None when it can."""
         return None
 
     def kernel(self, op: str) -> Kernel:
+        """The kernel of `op`; ask `why_not` first."""
         return functools.partial(importlib.import_module(self.module).run, OPERATORS[op])
 
 
@@ -126,7 +118,7 @@ def _reason(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"
 
 
-BACKENDS: dict[str, Backend] = {
+BACKENDS: dict[str, Triton | Cpp | PlainPyTorch] = {
     "triton": Triton(),
     "cpp": Cpp(),
     "chunked": PlainPyTorch("mulki.ops.chunked"),
@@ -241,42 +233,32 @@ def kernel(
         RuntimeError: a backend that should serve it does not, under MULKI_STRICT.
         ValueError: MULKI_BACKEND names no backend.
     """
-    choice = (op, device_type, dtype, size, gradients, _setting())
+    setting = _setting()
     # A proof is of how float32 is multiplied, too.
-    key = choice, None if size is None else proofs.settings()
+    numbers = None if size is None else proofs.settings()
+    key = (op, device_type, dtype, size, gradients, setting, numbers)
     found = _kernels.get(key)
     if found is None:
-        found = _kernels[key] = _choose_kernel(*choice)
+        served = choose(op, device_type, dtype, setting, size, gradients)
+        fallback = None
+        if served.rejected:
+            # What is slower is no failure to serve.
+            if not all(why.startswith(proofs.SLOWER) for why in served.rejected.values()):
+                reasons = "; ".join(f"{name}: {why}" for name, why in served.rejected.items())
+                fallback = (
+                    f"MULKI_STRICT: mulki::{op} for {device_type} tensors of {dtype} falls back to "
+                    f"{served.backend} ({reasons}); unset MULKI_STRICT to allow it"
+                )
+                _refuse_if_strict(fallback)
+            _fallbacks.setdefault((op, device_type, dtype, setting), served)
+            why = served.rejected.get("triton", "")
+            if proofs.WRONG in why:
+                warnings.warn(f"mulki::{op}: the Triton kernel {why}", stacklevel=2)
+        found = _kernels[key] = BACKENDS[served.backend].kernel(op), fallback
     serving, fallback = found
     if fallback is not None:
         _refuse_if_strict(fallback)
     return serving
-
-
-def _choose_kernel(
-    op: str,
-    device_type: str,
-    dtype: torch.dtype,
-    size: str | None,
-    gradients: bool | None,
-    setting: str,
-) -> tuple[Kernel, str | None]:
-    served = choose(op, device_type, dtype, setting, size, gradients)
-    fallback = None
-    if served.rejected:
-        # What is slower is no failure to serve.
-        if not all(why.startswith(proofs.SLOWER) for why in served.rejected.values()):
-            reasons = "; ".join(f"{name}: {why}" for name, why in served.rejected.items())
-            fallback = (
-                f"MULKI_STRICT: mulki::{op} for {device_type} tensors of {dtype} falls back to "
-                f"{served.backend} ({reasons}); unset MULKI_STRICT to allow it"
-            )
-            _refuse_if_strict(fallback)
-        _fallbacks.setdefault((op, device_type, dtype, setting), served)
-        why = served.rejected.get("triton", "")
-        if proofs.WRONG in why:
-            warnings.warn(f"mulki::{op}: the Triton kernel {why}", stacklevel=2)
-    return BACKENDS[served.backend].kernel(op), fallback
 
 
 def _refuse_if_strict(fallback: str) -> None:

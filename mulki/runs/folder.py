@@ -50,7 +50,7 @@ from mulki.files import check_regular, from_json, sweep, sync, write_atomic
 from mulki.runs.answers import ACC1, RECALL1, Answers, seen_accuracy, write_answers
 from mulki.runs.environment import environment
 from mulki.runs.lock import FolderLock
-from mulki.runs.log import RunLog
+from mulki.runs.log import run_log
 from mulki.runs.metrics import (
     ACC1_SEEN,
     ACC1_SEEN_HEAD,
@@ -113,7 +113,6 @@ class RunFolder:
         self._lock = lock
         self._test_images = dict(test_images or {})
         self._started = time.monotonic() - seconds
-        self._log = RunLog(path / "out.log")
         self._trackers: list[Tracker] = []
 
     @classmethod
@@ -208,12 +207,12 @@ class RunFolder:
     def __enter__(self) -> RunFolder:
         config = yaml.safe_load((self.path / "args.yaml").read_text(encoding="utf-8")) or {}
         report_to = config.get("report_to", [AUTO])
-        self._log.open()
-        try:
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(run_log(self.path / "out.log"))
             self._trackers = open_trackers(report_to, self.path, self.name, config)
-        except BaseException:
-            self._log.close()
-            raise
+            for tracker in self._trackers:
+                stack.callback(tracker.close)
+            self._opened = stack.pop_all()
         if self.status == "interrupted":
             self.status = "running"
             self._write_summary()
@@ -234,10 +233,8 @@ class RunFolder:
                     with contextlib.suppress(OSError):
                         self.finish("interrupted")
         finally:
-            for tracker in self._trackers:
-                tracker.close()
             self._trackers = []
-            self._log.close()
+            self._opened.close()
 
     def release(self) -> None:
         """Let other processes write to the folder."""
@@ -298,6 +295,19 @@ class RunFolder:
         self.scalars(curves, step)
         return evaluation
 
+    def record_all(
+        self,
+        after_task: str,
+        name: str,
+        found: Mapping[str, tuple[float, int]],
+        seconds: float,
+        step: int,
+    ) -> None:
+        """:meth:`record` of a data set's metrics, each with its number of samples."""
+        of = {"after_task": after_task, "eval_dataset": name}
+        for metric, (value, n) in found.items():
+            self.record(**of, value=value, n=n, seconds=seconds, step=step, metric=metric)
+
     def add_answers(
         self,
         after_task: str,
@@ -312,30 +322,14 @@ class RunFolder:
         as in :class:`Evaluation`. Accuracies go to ``results.jsonl``, the answers to ``answers/``.
         """
         for name, each in answers.items():
-            for metric, (value, n) in each.metrics().items():
-                self.record(
-                    after_task=after_task,
-                    eval_dataset=name,
-                    value=value,
-                    n=n,
-                    seconds=seconds[name],
-                    step=step,
-                    metric=metric,
-                )
+            self.record_all(after_task, name, each.metrics(), seconds[name], step)
         learned = {name: each for name, each in answers.items() if each.seen is not None}
 
         def record_seen(metric: str, seen: Iterable[Answers]) -> float:
-            percent, images = seen_accuracy(seen)
-            self.record(
-                after_task=after_task,
-                eval_dataset=ALL_SEEN,
-                value=percent,
-                n=images,
-                seconds=sum(seconds[name] for name in learned),
-                step=step,
-                metric=metric,
-            )
-            return percent
+            found = {metric: seen_accuracy(seen)}
+            of_all = sum(seconds[name] for name in learned)
+            self.record_all(after_task, ALL_SEEN, found, of_all, step)
+            return found[metric][0]
 
         if learned:
             percent = record_seen(ACC1_SEEN, learned.values())

@@ -2,45 +2,33 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 
 from mulki.printing import PrintableFormatter
 
 
-class RunLog:
-    """Writes what the package ``mulki`` logs, debugging apart, into a file while it is open."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._handler: logging.Handler | None = None
-        self._level = logging.NOTSET
-
-    def open(self) -> None:
-        """Begin; without effect when it is open."""
-        if self._handler is not None:
-            return
-        self._handler = _LogFile(self._path, encoding="utf-8")
-        self._handler.setLevel(logging.INFO)
-        self._handler.setFormatter(
-            PrintableFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s")
-        )
-        package = logging.getLogger("mulki")
-        package.addHandler(self._handler)
-        # Without a level of its own, the package has that of the root logger, WARNING, and the
-        # progress would not reach the file.
-        self._level = package.level
-        if package.level == logging.NOTSET or package.level > logging.INFO:
-            package.setLevel(logging.INFO)
-
-    def close(self) -> None:
-        """End; without effect when it is not open."""
-        if self._handler is not None:
-            package = logging.getLogger("mulki")
-            package.removeHandler(self._handler)
-            package.setLevel(self._level)
-            self._handler.close()
-            self._handler = None
+@contextlib.contextmanager
+def run_log(path: Path) -> Iterator[None]:
+    """Write what the package ``mulki`` logs, debugging apart, into a file meanwhile."""
+    handler = _LogFile(path, encoding="utf-8")
+    handler.setLevel(logging.INFO)
+    handler.setFormatter(PrintableFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    package = logging.getLogger("mulki")
+    package.addHandler(handler)
+    # Without a level of its own, the package has that of the root logger, WARNING, and the
+    # progress would not reach the file.
+    level = package.level
+    if level == logging.NOTSET or level > logging.INFO:
+        package.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        package.removeHandler(handler)
+        package.setLevel(level)
+        handler.close()
 
 
 class _LogFile(logging.FileHandler):

@@ -11,7 +11,7 @@ import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from mulki.errors import InputError, nearest
 
@@ -19,16 +19,6 @@ _log = logging.getLogger(__name__)
 
 AUTO = "auto"
 NONE = "none"
-
-
-class Tracker(Protocol):
-    """One place that scalars go to."""
-
-    def add(self, scalars: Mapping[str, float], step: int, axis: str) -> None:
-        """Add points by name; `step` counts along `axis`, such as "step" or "tasks"."""
-
-    def close(self) -> None:
-        """Write what is left."""
 
 
 class TensorBoard:
@@ -81,19 +71,22 @@ class WandB:
 _KINDS: dict[str, type[TensorBoard] | type[WandB]] = {"tensorboard": TensorBoard, "wandb": WandB}
 
 
-class _Guarded:
-    # A tracker that is logged and left out from its first error on.
-    def __init__(self, kind: str, tracker: Tracker):
+class Tracker:
+    """One place that scalars go to, logged and left out from its first error on."""
+
+    def __init__(self, kind: str, tracker: TensorBoard | WandB):
         self._kind = kind
-        self._tracker: Tracker | None = tracker
+        self._tracker: TensorBoard | WandB | None = tracker
 
     def add(self, scalars: Mapping[str, float], step: int, axis: str) -> None:
+        """Add points by name; `step` counts along `axis`, such as "step" or "tasks"."""
         self._try(lambda tracker: tracker.add(scalars, step, axis))
 
     def close(self) -> None:
+        """Write what is left."""
         self._try(lambda tracker: tracker.close())
 
-    def _try(self, call: Callable[[Tracker], None]) -> None:
+    def _try(self, call: Callable[[TensorBoard | WandB], None]) -> None:
         if self._tracker is None:
             return
         try:
@@ -141,7 +134,7 @@ def open_trackers(
     found: list[Tracker] = []
     for kind in chosen(report_to, installed=False):
         try:
-            found.append(_Guarded(kind, _KINDS[kind](folder, name, config)))
+            found.append(Tracker(kind, _KINDS[kind](folder, name, config)))
         except Exception as error:  # each package has errors of its own
             _log.warning("no curves for %s (%s: %s)", kind, type(error).__name__, error)
     return found

@@ -106,17 +106,8 @@ def relation_loss(
         TypeError, ValueError: naming the argument.
     """
     # A step has several relations, so they take the operator and not its checks of types.
-    return teacher_kl.loss(
-        relation(student),
-        [relation(teacher) for teacher in teachers],
-        temperature,
-        scale_by_t2,
-        weights,
-        UNIFORM,
-        None,
-        None,
-        "mean",
-    )[0]
+    options = temperature, scale_by_t2, weights, UNIFORM, None, None, "mean"
+    return teacher_kl.loss(relation(student), [relation(each) for each in teachers], *options)[0]
 
 
 def feature_loss(student: Features, teachers: Sequence[Features], weights: Tensor) -> Tensor:

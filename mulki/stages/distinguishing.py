@@ -49,17 +49,9 @@ def gated_relation(
     Returns:
         The mean loss over the batch, and the weights [B, K], whose rows sum to 1.
     """
-    loss, _, weights, _ = teacher_kl.loss(
-        image_text(student),
-        [image_text(teacher) for teacher in teachers],
-        temperature,
-        scale_by_t2,
-        None,
-        weighting,
-        target,
-        None,
-        "mean",
-    )
+    options = temperature, scale_by_t2, None, weighting, target, None, "mean"
+    others = [image_text(teacher) for teacher in teachers]
+    loss, _, weights, _ = teacher_kl.loss(image_text(student), others, *options)
     return loss, weights
 
 

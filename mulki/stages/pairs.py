@@ -61,13 +61,7 @@ def gated_relation(
     Returns:
         The mean loss over the pairs, and the weights of the images [B, K], whose rows sum to 1.
     """
-    loss, _, weights, _ = pair_kl.loss(
-        image_text(student),
-        [image_text(teacher) for teacher in teachers],
-        temperature,
-        scale_by_t2,
-        None,
-        weighting,
-        "mean",
-    )
+    options = temperature, scale_by_t2, None, weighting, "mean"
+    others = [image_text(teacher) for teacher in teachers]
+    loss, _, weights, _ = pair_kl.loss(image_text(student), others, *options)
     return loss, weights[0]

@@ -279,7 +279,7 @@ def stored_rows(setup: Setup, task: Task, steps: int) -> int:
     if not (setup.method.trains and needs.teachers):
         return 0
     reference = setup.reference_of(task) if needs.reference else None
-    images, pairs = kept_samples(task, reference, setup.transform, setup.config, steps, setup.world)
+    images, pairs = kept_samples(setup, task, reference, steps)
     of_images = images or 0 if needs.teacher_images else 0
     return of_images + (2 if needs.captions else 1) * (pairs or 0)
 

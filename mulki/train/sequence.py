@@ -181,16 +181,7 @@ class _Sequence:
         self.rows = Rows(setup, self.progress, frozen)
         planned = self.rows.planned
         self.saves.of_run(
-            lambda in_task: run_state(
-                setup,
-                frozen,
-                text_inputs,
-                self.learned,
-                self.steps,
-                {"kept": self.statistics.state(), "sample": self.sample},
-                in_task,
-                rows=sum(learned <= self.learned for _, learned in planned),
-            )
+            lambda in_task: run_state(setup, frozen, text_inputs, self._done(), in_task)
         )
         in_task = None
         if setup.saved is not None:
@@ -391,6 +382,15 @@ class _Sequence:
             self._keep_statistics(task)
         self.saves.save()
         self.signals.raise_pending()
+
+    def _done(self) -> dict[str, Any]:
+        # The rows of results include that of the weights after the learned tasks.
+        return {
+            "learned": self.learned,
+            "steps": self.steps,
+            "statistics": {"kept": self.statistics.state(), "sample": self.sample},
+            "rows": sum(learned <= self.learned for _, learned in self.rows.planned),
+        }
 
     def _keep_statistics(self, task: Task) -> None:
         if self.sample is not None:

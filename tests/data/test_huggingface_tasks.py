@@ -100,8 +100,8 @@ def test_images_stay_on_disk(folder: Path, monkeypatch: pytest.MonkeyPatch) -> N
     def decode(*_: object) -> None:
         raise AssertionError("an image was decoded")
 
-    monkeypatch.setattr("mulki.data.huggingface_tasks.verify", lambda source, name: None)
-    monkeypatch.setattr("mulki.data.huggingface_tasks.decode", decode)
+    monkeypatch.setattr("mulki.data.image_files.verify", lambda source, name: None)
+    monkeypatch.setattr("mulki.data.image_files.decode", decode)
     images = huggingface_task(folder.parent / "many").train
     monkeypatch.undo()
     assert isinstance(images, ArrowImages) and len(images) == 2000

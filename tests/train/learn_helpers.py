@@ -42,6 +42,17 @@ def method_named(name: str, **options: Any) -> Method:
     return cls(cls.Options(**without | options))
 
 
+def training_of(model: VisionLanguageModel | None = None, **others: Any) -> Training:
+    """What is not given is as in `learn`; batches need no model."""
+    usual = {
+        "config": CONFIG,
+        "method": method_named("finetune"),
+        "transform": model and model.preprocess,
+        "precision": Precision("fp32", torch.device("cpu")),
+    }
+    return Training(model=model, **usual | others)  # type: ignore[arg-type]
+
+
 def learn(
     model: VisionLanguageModel,
     task: Task,
@@ -66,10 +77,10 @@ def learn(
         reports.append(report)
         hear(report)
 
-    training = Training(
+    training = training_of(
+        model,
         config=config,
         method=method_named(method) if isinstance(method, str) else method,
-        model=model,
         transform=transform or model.preprocess,
         precision=Precision(precision, torch.device("cpu")),  # type: ignore[arg-type]
         teacher_cache=teacher_cache,

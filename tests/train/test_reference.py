@@ -28,6 +28,7 @@ from mulki.train.learning.class_step import Step
 from mulki.train.learning.inputs import TaskInputs, Training
 from mulki.train.learning.learn import learn_task
 from mulki.train.sequence import run
+from tests.train.learn_helpers import training_of
 from tests.train.reference_method import OnReference
 from tests.train_helpers import Calls, same_state, state_of, write_reference
 
@@ -233,13 +234,14 @@ def test_teachers_keep_what_comes_up_again(
 def test_teachers_keep_nothing_of_a_set_that_is_not_seen_twice(
     load_tiny: Load, task: Task, folder: Path, steps: int, size: int, kept: int | None
 ) -> None:
-    config = replace(CONFIG, reference_batch_size=size)
-    transform = load_tiny().preprocess
+    training = training_of(load_tiny(), config=replace(CONFIG, reference_batch_size=size))
     reference = read_reference(folder)
-    assert kept_samples(task, reference, transform, config, steps, World()) == (18, kept)
-    assert kept_samples(task, reference, transform, config, steps, World(0, 2)) == (18, 12)
-    assert kept_samples(task, None, transform, config, steps, World()) == (18, None)
-    assert kept_samples(task, reference, lambda x: x, config, steps, World()) == (None, None)
+    assert kept_samples(training, task, reference, steps) == (18, kept)
+    two = replace(training, world=World(0, 2))
+    assert kept_samples(two, task, reference, steps) == (18, 12)
+    assert kept_samples(training, task, None, steps) == (18, None)
+    random = replace(training, transform=lambda x: x)
+    assert kept_samples(random, task, reference, steps) == (None, None)
 
 
 def test_the_set_has_to_fit_the_method(load_tiny: Load, task: Task, folder: Path) -> None:

@@ -6,8 +6,6 @@ over parts of the columns makes the statistics of its rows, and a second one G.
 
 from __future__ import annotations
 
-from typing import Protocol
-
 import torch
 from torch import Tensor
 
@@ -24,36 +22,7 @@ from mulki.ops.teacher_kl import TeacherKl
 _WHOLE, _PARTS = 2, 3
 
 
-class Loss(Protocol):
-    """A loss over the softmax of rows."""
-
-    models: list[Products]  # the student, then its teachers
-    scales: Tensor  # [1 + K, 1, 1], divided by the temperature
-    masked: Tensor | None  # [P] bool, the classes that do not take part
-    sums_classes: bool  # whether it needs the sum of the logits of a row
-
-    @property
-    def target(self) -> Tensor | None:
-        """[N, 1] int64."""
-
-    def whole(self, u: Tensor, spare: Tensor, rows: slice, with_g: bool) -> Tensor:
-        """Keep the losses of rows and return G, given the unscaled logits of all columns."""
-
-    def keep(
-        self, of: Statistics, at_target: Tensor | None, sums: Tensor | None, rows: slice
-    ) -> None:
-        """Keep the losses of rows, given their statistics.
-
-        Args:
-            at_target: [1 + K, n], the logits there.
-            sums: [n], of the student's logits over the classes that take part.
-        """
-
-    def gradient(self, p: Tensor, rows: slice, columns: slice) -> Tensor:
-        """G of the rows that were kept last, given their softmaxes [1 + K, n, columns]."""
-
-
-def _run(loss: Loss, gradients: Gradients) -> None:
+def _run(loss: _Kl | _CrossEntropy, gradients: Gradients) -> None:
     copies = _WHOLE
     blocks = Blocks.of(loss.models, copies, gradients.any)
     if len(blocks.columns) > 1:
@@ -77,7 +46,9 @@ def _run(loss: Loss, gradients: Gradients) -> None:
                 gradients.add(loss.gradient(p, rows, columns), rows, columns)
 
 
-def _first_pass(loss: Loss, logits: Logits, rows: slice, parts: list[slice]) -> Statistics:
+def _first_pass(
+    loss: _Kl | _CrossEntropy, logits: Logits, rows: slice, parts: list[slice]
+) -> Statistics:
     of: Statistics | None = None
     at_target = sums = None
     for columns in parts:
@@ -154,9 +125,12 @@ def _kl_block(
 
 
 class _Kl:
-    sums_classes = False
+    """A loss over the softmax of rows; `_CrossEntropy` is another one."""
+
+    sums_classes = False  # whether it needs the sum of the logits of a row
 
     def __init__(self, x: TeacherKl, upstream: Tensor | None) -> None:
+        # The student, then its teachers; [1 + K, 1, 1]; [P] bool, what does not take part; [N, 1].
         self.models = of_models(x[:3], x.teacher_features, x.teacher_prototypes)
         self.scales = torch.cat([x.scale.reshape(1), x.teacher_scales]) / x.temperature
         self.scales = self.scales.reshape(-1, 1, 1)
@@ -173,6 +147,7 @@ class _Kl:
         return None if self.weights is None else self.weights[:, rows]
 
     def whole(self, u: Tensor, spare: Tensor, rows: slice, with_g: bool) -> Tensor:
+        """Keep the losses of rows and return G, given the unscaled logits of all columns."""
         target = None if self.target is None else self.target[rows]
         upstream = None if self._upstream is None else self._upstream[rows]
         *found, g = _kl_block(
@@ -185,6 +160,12 @@ class _Kl:
     def keep(
         self, of: Statistics, at_target: Tensor | None, sums: Tensor | None, rows: slice
     ) -> None:
+        """Keep the losses of rows, given their statistics.
+
+        Args:
+            at_target: [1 + K, n], the logits there.
+            sums: [n], of the student's logits over the classes that take part.
+        """
         weights = self._weights(rows)
         if weights is None:
             if at_target is not None:
@@ -193,6 +174,7 @@ class _Kl:
         self.found.append((of.own, of.other, weights))
 
     def gradient(self, p: Tensor, rows: slice, columns: slice) -> Tensor:
+        """G of the rows that were kept last, given their softmaxes [1 + K, n, columns]."""
         weights = self.found[-1][2]
         if self._upstream is not None:
             weights = weights * self._upstream[rows]

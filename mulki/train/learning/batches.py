@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -12,13 +12,10 @@ from torch import Tensor
 from mulki.data.caption_task import CaptionedImages, CaptionTask, same_text
 from mulki.data.loader import batch_sizes, batches, cycle
 from mulki.data.reference import ReferenceSet
-from mulki.data.replay import ReplayImages
 from mulki.data.task import ImageSet, Task
 from mulki.data.transforms import is_deterministic
 from mulki.distributed.world import World
-from mulki.train.config.run_config import RunConfig
-
-Transform = Callable[..., Tensor]
+from mulki.train.learning.inputs import TaskInputs, Training
 
 # Differences of the seeds of two tasks, and of a task and its reference set.
 _TASK_SEEDS = 7919
@@ -62,64 +59,36 @@ class PairBatch:
 
 
 def task_batches(
-    task: Task,
-    reference: ReferenceSet | None,
-    transform: Transform,
-    config: RunConfig,
-    device: torch.device,
-    world: World,
-    *,
-    index: int,
-    start: int = 0,
-    replay: ReplayImages | None = None,
+    training: Training, inputs: TaskInputs, start: int = 0
 ) -> Iterator[tuple[Batch | PairBatch, PairBatch | None]]:
     """Endless shuffled batches of a task, each with one of the reference set if there is one.
 
     Those of a task of captions are pairs.
 
     Args:
-        transform: of the images of both.
-        config: how many images of each are in a batch in each process, and how they are loaded.
-        device: of the model.
-        world: the processes among which each batch is divided.
-        index: the task's place in the sequence, which changes the order of its images.
         start: batches to leave out, as if they had been taken.
-        replay: images of earlier tasks, of which some come with each batch.
     """
-    seed = config.seed + _TASK_SEEDS * index
+    config, world, task = training.config, training.world, inputs.task
+    reference, replay = inputs.reference, inputs.replay
+    seed = config.seed + _TASK_SEEDS * inputs.index
     size = config.batch_size
     balanced = config.sampling == "balanced" and bool(task.classes)
-    training = _batches(task.train, transform, size, config, device, world, seed, start, balanced)
+    shuffled = _batches(training, task.train, size, seed, start, balanced)
     if isinstance(task, CaptionTask):
-        pairs = (_pairs(batch, task.train, world) for batch in training)
+        pairs = (_pairs(batch, task.train, world) for batch in shuffled)
         return zip(pairs, itertools.repeat(None), strict=False)
     if replay is not None:
-        shown = _batches(
-            replay,
-            transform,
-            replay.batch_size or size,
-            config,
-            device,
-            world,
-            seed + _REPLAY_SEEDS,
-            start,
-        )
-        training = map(lambda new, old: replace(new, replay=old), training, shown)
+        shown = _batches(training, replay, replay.batch_size or size, seed + _REPLAY_SEEDS, start)
+        shuffled = map(lambda new, old: replace(new, replay=old), shuffled, shown)
     if reference is None:
-        return zip(training, itertools.repeat(None), strict=False)
-    seed += _REFERENCE_SEEDS
+        return zip(shuffled, itertools.repeat(None), strict=False)
     size = config.reference_batch_size or size
-    others = _batches(reference.images, transform, size, config, device, world, seed, start)
-    return zip(training, (_with_captions(b, reference, world) for b in others), strict=False)
+    others = _batches(training, reference.images, size, seed + _REFERENCE_SEEDS, start)
+    return zip(shuffled, (_with_captions(b, reference, world) for b in others), strict=False)
 
 
 def kept_samples(
-    task: Task,
-    reference: ReferenceSet | None,
-    transform: Transform,
-    config: RunConfig,
-    steps: int,
-    world: World,
+    training: Training, task: Task, reference: ReferenceSet | None, steps: int
 ) -> tuple[int | None, int | None]:
     """How many training images and pairs of image and caption to keep teacher features of.
 
@@ -130,36 +99,35 @@ def kept_samples(
         The number of training images or None, and that of the pairs, which are those of the
         reference set or of a task of captions, or None.
     """
-    if not is_deterministic(transform):
+    config = training.config
+    if not is_deterministic(training.transform):
         return None, None
     if isinstance(task, CaptionTask):
         return None, len(task.train)
-    size = (config.reference_batch_size or config.batch_size) * world.size
+    size = (config.reference_batch_size or config.batch_size) * training.world.size
     if reference is None or steps * size <= len(reference):
         return len(task.train), None
     return len(task.train), len(reference)
 
 
 def _batches(
+    training: Training,
     images: ImageSet,
-    transform: Transform,
     batch_size: int,
-    config: RunConfig,
-    device: torch.device,
-    world: World,
     seed: int,
     start: int,
     balanced: bool = False,
 ) -> Iterator[Batch]:
+    world, device = training.world, training.precision.device
     loader = batches(
         images,
-        transform,
+        training.transform,
         batch_size * world.size,
         shuffle=True,
         seed=seed,
-        workers=config.workers,
+        workers=training.config.workers,
         drop_last=True,
-        cached=is_deterministic(transform),
+        cached=is_deterministic(training.transform),
         pin_memory=device.type == "cuda",
         part=world.rows,
         balanced=balanced,

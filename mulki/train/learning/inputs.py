@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+from torch import Tensor
+
 from mulki.clip.models import VisionLanguageModel
 from mulki.data.reference import ReferenceSet
 from mulki.data.replay import ReplayImages
@@ -15,7 +17,6 @@ from mulki.train.config.precision import Precision, as_tested
 from mulki.train.config.run_config import RunConfig
 from mulki.train.config.tasks import needs_of
 from mulki.train.learning.anchor_texts import Anchors
-from mulki.train.learning.batches import Transform
 from mulki.train.learning.memory import MicroBatch
 from mulki.train.learning.teacher_cache import TeacherCache
 
@@ -37,7 +38,7 @@ class Training:
     config: RunConfig
     method: Method
     model: VisionLanguageModel
-    transform: Transform
+    transform: Callable[..., Tensor]
     precision: Precision
     world: World = ALONE
     teacher_cache: TeacherCache | None = None

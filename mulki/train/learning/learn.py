@@ -114,9 +114,9 @@ class _Learning:
         listeners: Listeners,
         saved: Mapping[str, Any] | None,
     ):
-        config, task, world = training.config, inputs.task, training.world
+        config, task = training.config, inputs.task
         self.training, self.task, self.anchors = training, task, inputs.anchors
-        self.steps, self.last = 0, steps_of(config, len(task.train), world.size)
+        self.steps, self.last = 0, steps_of(config, len(task.train), training.world.size)
         self.lr = learning_rates(config.lr_of).get(task.name, config.lr)
         self.guard = SpikeGuard(config.spike_guard)
         self.teachers = TaskTeachers.prepare(training, inputs, self.last, listeners.encoded)
@@ -130,17 +130,7 @@ class _Learning:
             self.validation = Validation(training, task, self.last)
             if saved is not None:
                 self.validation.restore(saved["validation"])
-        self.batches = task_batches(
-            task,
-            inputs.reference,
-            training.transform,
-            config,
-            self.device,
-            world,
-            index=inputs.index,
-            start=self.steps,
-            replay=inputs.replay,
-        )
+        self.batches = task_batches(training, inputs, self.steps)
         training.model.train()
         if saved is not None:
             set_random_state(saved["random"], self.device)

@@ -59,9 +59,7 @@ def stored_sets(
         return StoredSets()
     if training.transform is not training.model.preprocess:
         return StoredSets()
-    images, pairs = kept_samples(
-        task, reference, training.transform, training.config, steps, training.world
-    )
+    images, pairs = kept_samples(training, task, reference, steps)
     wanted: tuple[ImageSet, Sequence[str] | None] | None = None
     if pairs is not None and isinstance(task, CaptionTask):
         wanted = task.train, [of_image[0] for of_image in task.train.captions]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -13,9 +13,7 @@ from mulki.clip.models import VisionLanguageModel
 from mulki.clip.prototypes import class_means
 from mulki.clip.teachers import Teacher
 from mulki.clip.texts import text_features, text_inputs
-from mulki.distributed.world import World
-from mulki.methods import ZERO_SHOT
-from mulki.train.config.precision import Precision
+from mulki.methods import ZERO_SHOT, Needs
 from mulki.train.config.tasks import needs_of
 from mulki.train.learning.anchor_texts import AnchorBatch
 from mulki.train.learning.batches import Batch, PairBatch, kept_samples
@@ -24,6 +22,7 @@ from mulki.train.learning.stored_features import StoredFeatures, stored_sets
 from mulki.train.learning.training_set import training_features
 
 
+@dataclass(frozen=True)
 class TaskTeachers:
     """The teachers of one task, one `Teacher` for each distinct model.
 
@@ -33,28 +32,14 @@ class TaskTeachers:
     Args:
         teachers: each with its model, in the order in which the losses get them.
         prototypes: [C, D] class means of the original model if the method needs them.
-        precision: how the encoders compute.
-        world: the processes among which the images are divided.
-        images: whether they encode the task's images.
-        captions: whether they encode the captions of a reference set.
+        training: how the encoders compute, and the processes that divide the images.
+        needs: what of the method's losses they are to encode.
     """
 
-    def __init__(
-        self,
-        teachers: Sequence[tuple[Teacher, VisionLanguageModel]],
-        prototypes: Tensor | None,
-        precision: Precision,
-        world: World,
-        *,
-        images: bool = True,
-        captions: bool = True,
-    ):
-        self._teachers = list(teachers)
-        self.prototypes = prototypes
-        self._precision = precision
-        self._world = world
-        self._images = images
-        self._captions = captions
+    teachers: Sequence[tuple[Teacher, VisionLanguageModel]]
+    prototypes: Tensor | None
+    training: Training
+    needs: Needs
 
     @classmethod
     @torch.no_grad()
@@ -76,9 +61,7 @@ class TaskTeachers:
         """
         task, frozen, world = inputs.task, inputs.frozen, training.world
         needs, prompts = needs_of(training.method, task), inputs.prompts
-        kept = kept_samples(
-            task, inputs.reference, training.transform, training.config, steps, world
-        )
+        kept = kept_samples(training, task, inputs.reference, steps)
         num_anchors = len(inputs.anchors) if inputs.anchors is not None else 0
         with_prototypes: list[str] = []
         if needs.prototypes:
@@ -125,22 +108,16 @@ class TaskTeachers:
             if inputs.anchors is not None and num_anchors:
                 by_model[original].remember(anchors=stored.texts(inputs.anchors.prompts))
         teachers = [(by_model[id(frozen[name])], frozen[name]) for name in needs.teachers]
-        return cls(
-            teachers,
-            by_model[original].prototypes if needs.prototypes else None,
-            training.precision,
-            world,
-            images=needs.teacher_images,
-            captions=needs.captions,
-        )
+        constant = by_model[original].prototypes if needs.prototypes else None
+        return cls(teachers, constant, training, needs)
 
     def state(self) -> list[dict[str, dict[str, Tensor]]]:
         """What the teachers keep beside what `prepare` makes."""
-        return [teacher.state() for teacher in dict(self._teachers)]
+        return [teacher.state() for teacher in dict(self.teachers)]
 
     def restore(self, state: Sequence[Mapping[str, Mapping[str, Tensor]]]) -> None:
         """Set what `state` returned."""
-        for teacher, of_teacher in zip(dict(self._teachers), state, strict=True):
+        for teacher, of_teacher in zip(dict(self.teachers), state, strict=True):
             teacher.restore(of_teacher)
 
     @torch.no_grad()
@@ -159,9 +136,9 @@ class TaskTeachers:
             anchors: likewise.
         """
         by_teacher = {}
-        for teacher, model in dict(self._teachers).items():
+        for teacher, model in dict(self.teachers).items():
             features = teacher.without_images()
-            if self._images:
+            if self.needs.teacher_images:
                 features = self._of_images(teacher, model, batch, micro_batch)
             if reference is not None:
                 pairs = self._of_reference(teacher, model, reference, micro_batch)
@@ -170,7 +147,7 @@ class TaskTeachers:
                 anchored = self._of_anchors(teacher, model, anchors)
                 features = replace(features, anchored=anchored, num_seen=anchors.seen)
             by_teacher[teacher] = features
-        return tuple(by_teacher[teacher] for teacher, _ in self._teachers)
+        return tuple(by_teacher[teacher] for teacher, _ in self.teachers)
 
     @torch.no_grad()
     def of_pairs(self, batch: PairBatch, micro_batch: int) -> tuple[Features, ...]:
@@ -180,15 +157,15 @@ class TaskTeachers:
         """
         found = {
             teacher: self._of_reference(teacher, model, batch, micro_batch)
-            for teacher, model in dict(self._teachers).items()
+            for teacher, model in dict(self.teachers).items()
         }
-        return tuple(found[teacher] for teacher, _ in self._teachers)
+        return tuple(found[teacher] for teacher, _ in self.teachers)
 
     def _of_images(
         self, teacher: Teacher, model: VisionLanguageModel, batch: Batch, micro_batch: int
     ) -> Features:
         def encode(rows: Tensor) -> Tensor:
-            with self._precision.autocast():
+            with self.training.precision.autocast():
                 return model.encode_images(batch.images[rows.to(batch.images.device)])
 
         count = len(batch.places)
@@ -204,27 +181,29 @@ class TaskTeachers:
         micro_batch: int,
     ) -> Features:
         def encode(rows: Tensor) -> Tensor:
-            with self._precision.autocast():
+            with self.training.precision.autocast():
                 images = model.encode_images(batch.images[rows.to(batch.images.device)])
-            if not self._captions:
+            if not self.needs.captions:
                 return images
             texts = model.text_inputs([batch.captions[row] for row in rows.tolist()])
-            with self._precision.autocast():
+            with self.training.precision.autocast():
                 return torch.cat([images, model.encode_texts(texts)], dim=1)
 
         count = len(batch.places)
         return teacher.reference_features(
             batch.places,
             lambda new: self._encode(encode, new, count, micro_batch),
-            captions=self._captions,
+            captions=self.needs.captions,
         )
 
     def _of_anchors(
         self, teacher: Teacher, model: VisionLanguageModel, batch: AnchorBatch
     ) -> Tensor:
         def encode(rows: Tensor) -> Tensor:
-            with self._precision.autocast():
-                return text_features(model, batch.inputs[rows.to(batch.inputs.device)], self._world)
+            with self.training.precision.autocast():
+                return text_features(
+                    model, batch.inputs[rows.to(batch.inputs.device)], self.training.world
+                )
 
         return teacher.anchored(batch.places, encode)
 
@@ -234,7 +213,7 @@ class TaskTeachers:
         # Features of the places `new` in a batch of `count`, each encoded by the process that has
         # it in its part. Every process encodes equally many, since all have to take part in the
         # collectives of a sharded encoder; all know from `new` how many that is.
-        world = self._world
+        world = self.training.world
         length = -(-count // world.size)
         of_process = torch.bincount(new // length, minlength=world.size).tolist()
         here = new[new // length == world.rank] - length * world.rank

@@ -431,25 +431,15 @@ def changed(folder: Path, hashes: Mapping[str, Any], *, some: bool = False) -> s
 
 
 def run_state(
-    setup: Running,
-    frozen: Frozen,
-    texts: TextInputs,
-    learned: int,
-    steps: int,
-    statistics: State,
-    in_task: State | None,
-    rows: int,
+    setup: Running, frozen: Frozen, texts: TextInputs, done: State, in_task: State | None
 ) -> State:
     """What a save holds. All processes have to call this.
 
     Args:
         frozen: the teachers.
         texts: of the student.
-        learned: number of tasks that were learned.
-        steps: optimiser steps of these.
-        statistics: of the classes of these, and the sample of the task that comes next.
+        done: the tasks that were learned, see `mulki.train.sequence`.
         in_task: the state within the task that comes next, None between two tasks.
-        rows: of results, with that of the weights after these tasks.
     """
     model = setup.model
     if in_task is not None:
@@ -459,11 +449,8 @@ def run_state(
             weights = _weights(model, previous)
         in_task = in_task | {"previous": weights}
     return {
+        **done,
         "processes": setup.world.size,
-        "learned": learned,
-        "rows": rows,
-        "steps": steps,
-        "statistics": statistics,
         STUDENT: _weights(model, model) if model.adapters is None else model.adapters.state(),
         "method": setup.method.state_dict(),
         "texts": texts.state(),

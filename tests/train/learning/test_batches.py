@@ -7,10 +7,10 @@ import torch
 from torchvision.transforms import ToTensor
 
 from mulki.data import CaptionedImages, CaptionTask, Task
-from mulki.distributed.world import ALONE
 from mulki.train.learning.batches import PairBatch, kept_samples, task_batches
+from mulki.train.learning.inputs import TaskInputs
 from tests.data.data_helpers import Blank
-from tests.train.learn_helpers import CONFIG, Load, learn
+from tests.train.learn_helpers import CONFIG, Load, learn, training_of
 
 
 def test_small_training_set_makes_whole_batches_of_itself(load_tiny: Load, task: Task) -> None:
@@ -41,16 +41,15 @@ def pairs(names: str, captions: str) -> CaptionTask:
 
 def test_an_image_and_a_caption_count_once_in_a_batch() -> None:
     task = pairs("ABCDEF", "uvwxyz")
-    config = replace(CONFIG, batch_size=4)
-    given = (task, None, blank, config, torch.device("cpu"), ALONE)
-    (batch, other), *_ = islice(task_batches(*given, index=0), 3)
+    training = training_of(transform=blank, config=replace(CONFIG, batch_size=4))
+    (batch, other), *_ = islice(task_batches(training, TaskInputs(0, task, {})), 3)
     assert isinstance(batch, PairBatch) and other is None
     assert batch.distinct is None and len(batch.images) == 4
     assert batch.captions == tuple("uvwxyz"[place] for place in batch.places)
 
     # One image has two captions, and one caption is of three images.
     repeated = pairs("AABCDE", "uvwxxx")
-    for batch, _ in islice(task_batches(repeated, *given[1:], index=0), 20):
+    for batch, _ in islice(task_batches(training, TaskInputs(0, repeated, {})), 20):
         assert isinstance(batch, PairBatch)
         names = ["AABCDE"[place] for place in batch.places]
         first = [
@@ -65,9 +64,9 @@ def test_an_image_and_a_caption_count_once_in_a_batch() -> None:
 def test_no_caption_of_an_image_in_the_batch_is_a_wrong_one_for_it() -> None:
     # The caption y is one of A, though A stands in the batch with x.
     task = pairs("AABC", "xyyz")
-    given = (task, None, blank, replace(CONFIG, batch_size=2), torch.device("cpu"), ALONE)
+    training = training_of(transform=blank, config=replace(CONFIG, batch_size=2))
     seen = set()
-    for batch, _ in islice(task_batches(*given, index=0), 40):
+    for batch, _ in islice(task_batches(training, TaskInputs(0, task, {})), 40):
         assert isinstance(batch, PairBatch)
         two = frozenset(batch.places.tolist())
         seen.add(two)
@@ -78,8 +77,8 @@ def test_no_caption_of_an_image_in_the_batch_is_a_wrong_one_for_it() -> None:
 
 def test_a_caption_in_other_capitals_is_no_other_caption() -> None:
     task = pairs("ABC", "xXz")
-    given = (task, None, blank, replace(CONFIG, batch_size=3), torch.device("cpu"), ALONE)
-    for batch, _ in islice(task_batches(*given, index=0), 10):
+    training = training_of(transform=blank, config=replace(CONFIG, batch_size=3))
+    for batch, _ in islice(task_batches(training, TaskInputs(0, task, {})), 10):
         assert isinstance(batch, PairBatch) and batch.distinct is not None
         assert sorted(batch.distinct.tolist()) == [
             row
@@ -90,5 +89,5 @@ def test_a_caption_in_other_capitals_is_no_other_caption() -> None:
 
 def test_features_of_pairs_are_kept_where_images_do_not_change() -> None:
     task = pairs("ABCDEF", "uvwxyz")
-    assert kept_samples(task, None, ToTensor(), CONFIG, 1, ALONE) == (None, 6)
-    assert kept_samples(task, None, blank, CONFIG, 1, ALONE) == (None, None)
+    assert kept_samples(training_of(transform=ToTensor()), task, None, 1) == (None, 6)
+    assert kept_samples(training_of(transform=blank), task, None, 1) == (None, None)
