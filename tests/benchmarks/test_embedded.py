@@ -178,8 +178,8 @@ def test_each_row_of_the_transformer_has_its_own_best_rate() -> None:
 def test_a_line_of_results_has_what_the_tables_show(start_model: dict[str, str]) -> None:
     options = {"method": "finetune", "tasks": ("embedded-glyphs",), "limit_images": 20}
     quick = {"iterations": 1, "batch_size": 4, "seed": 0}
-    run = studies.Run("compare", "finetune", options | start_model | quick)
-    result = json.loads(json.dumps(compare.one_run(run, compare.fingerprint(), 1)))
+    run = studies.Run("compare", "finetune", options | quick, start_model["model"])
+    result = json.loads(json.dumps(compare.one_run(run, compare.fingerprint(run.model), 1)))
     found = rows(tables.table([result], tables.OF_SEQUENCES))["finetune"]
     assert float(found[3]) == pytest.approx(np.mean(result["matrix"][-1]), abs=0.006)
     assert len(result["zero_shot"]) == len(result["tasks"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,9 @@ def test_both_kinds_are_written_and_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(growth, "COUNTS", {growth.FILES: (500, 900), growth.MEMBERS: (800, 3000)})
+    monkeypatch.setattr(
+        growth, "ProcessPoolExecutor", lambda count, mp_context: ThreadPoolExecutor(count)
+    )
     (tmp_path / "place").mkdir()
     given = ["--most", "1000", "--folder", str(tmp_path / "place")]
     growth.main([*given, "--output", str(tmp_path / "out.csv")])

@@ -28,7 +28,7 @@ def calls(monkeypatch):
     class Spy(backends.PlainPyTorch):
         def kernel(self, op):
             kernel = super().kernel(op)
-            return lambda x, request: (made.append((op, x)), kernel(x, request))[1]
+            return lambda x, request: (made.append((op, x, request)), kernel(x, request))[1]
 
     monkeypatch.setitem(backends.BACKENDS, "reference", Spy("mulki.ops.reference"))
     with use_backend("reference"):

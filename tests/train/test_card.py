@@ -38,6 +38,12 @@ def counted(start_model: dict[str, str], task_folders: tuple[str, str], tmp_path
     return go
 
 
+@pytest.fixture
+def uncounted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the peaks of a step, which take seconds to count."""
+    monkeypatch.setattr(card._Step, "peaks", lambda *given: [Peak(0, 0)])
+
+
 BOTH = "--grad-checkpointing --lora-rank 16"
 
 
@@ -111,7 +117,7 @@ def test_tasks_of_both_kinds_are_counted_each_by_itself(
 
 
 def test_what_teachers_store_and_what_an_evaluation_takes(
-    counted: Any, monkeypatch: pytest.MonkeyPatch
+    counted: Any, monkeypatch: pytest.MonkeyPatch, uncounted: None
 ) -> None:
     # Of the previous model, 18 images of each task: 32 float32.
     assert counted(1, method="lwf")[""].stored == 18 * 32 * 4
@@ -124,7 +130,9 @@ def test_what_teachers_store_and_what_an_evaluation_takes(
     assert asked == ["amp_bf16"]
 
 
-def test_options_that_the_run_has_or_cannot_have_are_not_tried(counted: Any) -> None:
+def test_options_that_the_run_has_or_cannot_have_are_not_tried(
+    counted: Any, uncounted: None
+) -> None:
     assert list(counted(method="ewc")) == ["", "--grad-checkpointing"]
     recomputed = counted(method="finetune", grad_checkpointing=True)
     assert list(recomputed) == ["", "--lora-rank 16"]
@@ -142,7 +150,9 @@ def test_images_on_a_card() -> None:
     assert replace(way, evaluation=401).images(1000, 100) == 0
 
 
-def test_what_is_kept_of_each_image_of_a_batch(counted: Any, tmp_path: Path) -> None:
+def test_what_is_kept_of_each_image_of_a_batch(
+    counted: Any, tmp_path: Path, uncounted: None
+) -> None:
     # Vectors of 32 float32: the student's and their gradients, and those of two teachers.
     one, pairs = 4 * 32, f"captions:{write_pairs(tmp_path / 'pairs')}"
     assert counted(1, method="finetune")[""].kept[0] == (0, 2 * one)

@@ -13,7 +13,6 @@ from tests.cli_helpers import one_line
 command = cli_helpers.command
 
 
-@pytest.mark.drawn
 def test_compare(
     command: Callable[..., int], task_folders: Sequence[str], capsys: pytest.CaptureFixture[str]
 ) -> None:

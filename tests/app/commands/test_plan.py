@@ -234,7 +234,7 @@ def test_what_a_run_refuses_a_plan_refuses(
 
 
 def test_a_plan_of_a_card(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    assert run_command([*words, "--method", "mulki", "--card-gb", "1"]) == 0
+    assert run_command([*words, "--method", "finetune", "--card-gb", "1"]) == 0
     out = capsys.readouterr().out
     assert "card     1 GB: the run fits, all 4 images of a step at a time" in out
     assert "time     " not in out and out.count("--lora-rank 16") == 2
@@ -273,8 +273,13 @@ def test_what_fits_a_card_is_said(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_card_that_is_too_small(
-    words: list[str], refused: Refused, capsys: pytest.CaptureFixture[str]
+    words: list[str],
+    refused: Refused,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    large = Way("", 10_000, 0, 0, (Peak(0, 0),), (Peak(0, 10**6),), (Peak(0, 10**6),), 10**6)
+    monkeypatch.setattr(command, "ways", lambda setup: iter([large]))
     assert run_command([*words, "--method", "finetune", "--card-gb", "0.0001"]) == 0
     assert "card     0.0001 GB: too small; a smaller model" in capsys.readouterr().out
     for wrong in ("0", "-1", "nan", "inf", "much"):

@@ -11,7 +11,7 @@ from mulki.ops.chunked import blocks
 from tests.ops.chunked.watch import MIB
 
 #: Bytes of blocks that cut rows, or rows and columns, of small cases.
-CUT = (4096, 1024, 512)
+CUT = (4096, 512)
 
 
 @pytest.fixture(autouse=True)
