@@ -19,7 +19,8 @@ from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from mulki.clip.models import VisionLanguageModel
+from mulki.clip.evaluation import tested_texts
+from mulki.clip.models import TEXT_BATCH, VisionLanguageModel
 from mulki.data import Task
 from mulki.errors import InputError
 from mulki.methods import Needs
@@ -83,7 +84,9 @@ class Way:
             the next two the largest one counts.
         peaks: what else a step in micro-batches needs: images, texts, gradients and activations.
         whole: what else a step needs that encodes all images of a batch at a time.
-        evaluation: what else a batch of an evaluation needs (``--batch-size-eval``).
+        evaluation: what else is needed before and after the steps: for a batch of an evaluation
+            (``--batch-size-eval``), for texts that are encoded once, and for what ``keeplora``
+            keeps of gradients and inputs.
     """
 
     options: str
@@ -166,12 +169,15 @@ def _way(setup: Setup, *, adapters: bool, recompute: bool) -> Way | None:
             tuple(peak for step in steps for peak in step.peaks(model, whole))
             for whole in (False, True)
         )
-        evaluation, width = steps[0].evaluation(model)
+        beside_steps, width = steps[0].beside_steps(model)
         trained = sum(value.nbytes for value in model.trainable().values())
-    if model.adapters is not None:
-        beside = 0 if setup.original is None else bytes_of([setup.original])
-    else:
-        beside = _teachers(setup) * sum(p.nbytes for p in setup.model.trainable().values())
+    own = setup.original
+    beside = 0 if own is None else bytes_of([own])
+    if model.adapters is None:
+        copies = _teachers(setup) - (own is not None)
+        beside += copies * sum(p.nbytes for p in setup.model.trainable().values())
+    elif method.needs.directions:
+        beside_steps = max(beside_steps, model.adapters.bytes_of_directions)
     options = ["--grad-checkpointing"] * recompute + [f"--lora-rank {_RANK}"] * adapters
     return Way(
         " ".join(options),
@@ -181,7 +187,7 @@ def _way(setup: Setup, *, adapters: bool, recompute: bool) -> Way | None:
         kept=tuple(step.kept(width) for step in steps),
         peaks=peaks,
         whole=whole,
-        evaluation=evaluation,
+        evaluation=beside_steps,
     )
 
 
@@ -220,16 +226,26 @@ class _Step:
             known = len(words) + sum(classes)
             self._texts += min(anchors_per_step(setup, needs) or known, known)
         self._prompt = setup.model.text_inputs(["a"])
+        tested = [sum(map(len, tested_texts(task))) for task in tasks]
+        anchors = len(setup.vocabulary.words) if setup.vocabulary is not None else 0
+        most = min(max(*tested, anchors), TEXT_BATCH)
+        self._tokens = most, *setup.model.tokenizer(["a"]).shape[1:]
 
     @torch.no_grad()
-    def evaluation(self, model: VisionLanguageModel) -> tuple[int, int]:
+    def beside_steps(self, model: VisionLanguageModel) -> tuple[int, int]:
         # Of a test, or of a pass for teachers and class statistics; and the width of the features.
         config = self._setup.config
+        # A frozen text tower encodes them, too.
+        model.split = "tokens"
         with _Counted(_tensors(model)) as tested:
-            self._images(as_tested(model, config.precision_eval), config.batch_size_eval)
+            self._once(as_tested(model, config.precision_eval))
         with _Counted(_tensors(model)) as encoded, self._setup.precision.autocast():
-            features = self._images(model, config.batch_size_eval)
-        return max(tested.peak, encoded.peak), features.shape[1]
+            width = self._once(model)
+        return max(tested.peak, encoded.peak), width
+
+    def _once(self, model: VisionLanguageModel) -> int:
+        model.encode_texts(torch.zeros(self._tokens, dtype=torch.int64, device=model.device))
+        return self._images(model, self._setup.config.batch_size_eval).shape[1]
 
     def stored_rows(self, task: Task) -> int:
         setup = self._setup

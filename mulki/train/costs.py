@@ -128,7 +128,7 @@ def measure(setup: Setup, says: Callable[[str], None] = lambda words: None) -> C
         sum(value.numel() for value in stored.values()),
         sum(value.nbytes for value in stored.values()),
     )
-    counts = model.parameter_counts()
+    counts = model.parameter_counts()[:2]
     learner = TaskLearner(setup) if trains else None
     trainable = model.trainable().values()  # those that are left where the model was sharded
     frozen = {} if learner is None else learner.frozen

@@ -47,7 +47,9 @@ def uncounted(monkeypatch: pytest.MonkeyPatch) -> None:
 BOTH = "--grad-checkpointing --lora-rank 16"
 
 
-def test_what_each_option_saves_with_or_without_an_original_of_its_own(counted: Any) -> None:
+def test_what_each_option_saves_with_or_without_an_original_of_its_own(
+    counted: Any, start_model: dict[str, str]
+) -> None:
     found = counted()
     assert list(found) == ["", "--grad-checkpointing", "--lora-rank 16", BOTH]
     plain, recompute, adapters, both = found.values()
@@ -59,8 +61,16 @@ def test_what_each_option_saves_with_or_without_an_original_of_its_own(counted: 
     assert recompute.image <= plain.image
     # Adapters share the student's weights, but not those of an original model of its own.
     original = counted(3, original="tiny-vit")
-    assert plain.models == original[""].models
+    assert plain.models == pytest.approx(original[""].models, rel=1e-3)
     assert original["--lora-rank 16"].models == pytest.approx(2 * adapters.models, rel=0.05)
+    # Nor does it share what is frozen, which a copy of the student does.
+    alone, copied, own = (
+        counted(1, lock_text=True, **options)[""]
+        for options in ({"method": "finetune"}, {}, {"original": start_model["model"]})
+    )
+    trained = alone.optimizer // 2
+    assert copied.models == alone.models + 2 * trained
+    assert own.models == pytest.approx(2 * alone.models + trained, rel=1e-3)
 
 
 def test_of_a_method_without_teachers_and_of_frozen_texts(counted: Any) -> None:
@@ -122,12 +132,24 @@ def test_what_teachers_store_and_what_an_evaluation_takes(
     # Of the previous model, 18 images of each task: 32 float32.
     assert counted(1, method="lwf")[""].stored == 18 * 32 * 4
     assert counted(1, method="finetune")[""].stored == 0
-    small, large = (counted(1, batch_size_eval=n)[""].evaluation for n in (10, 20))
+
+    def beside_steps(images: int, **options: Any) -> int:
+        given = {"method": "finetune", "batch_size_eval": images} | options
+        found: int = counted(1, **given)[""].evaluation
+        return found
+
+    small, large = map(beside_steps, (10, 20))
     assert large == pytest.approx(2 * small, rel=0.05)
     asked: list[str] = []
     monkeypatch.setattr(card, "as_tested", lambda model, name: asked.append(name) or model)
-    assert counted(1, batch_size_eval=10, precision_eval="amp_bf16")[""].evaluation == small
+    assert beside_steps(10, precision_eval="amp_bf16") == small
     assert asked == ["amp_bf16"]
+    # Of a vocabulary 256 texts are encoded at a time, by a text tower that trains or is frozen.
+    words = [beside_steps(1, method="mulki", lock_text=lock) for lock in (False, True)]
+    assert words[0] == words[1] > large
+    # The moments of the inputs of each weight.
+    plain, directions = (beside_steps(1, method=m, lora_rank=2) for m in ("finetune", "keeplora"))
+    assert directions > 2 * plain
 
 
 def test_options_that_the_run_has_or_cannot_have_are_not_tried(

@@ -144,9 +144,13 @@ class Adapters:
 
     @property
     def bytes_of_directions(self) -> int:
-        """Of a gradient of each weight and the moments of its inputs, in float32."""
-        parts = self._parts.values()
-        return 4 * sum(len(part.a[0]) * (len(part.b) + len(part.a[0])) for part in parts)
+        """Of a gradient of each weight and the moments of its inputs, in float32.
+
+        Of the largest moments two copies in float64 come on top.
+        """
+        sizes = [(len(part.a[0]), len(part.b)) for part in self._parts.values()]
+        largest = max((inputs for inputs, _ in sizes), default=0)
+        return 4 * sum(n * (n + outputs) for n, outputs in sizes) + 16 * largest**2
 
     def __len__(self) -> int:
         """How many weights have one."""

@@ -23,10 +23,14 @@ TextSplit = Literal["tokens", "pooled", "features"]
 
 
 class Counts(NamedTuple):
-    """Numbers of parameters of a model: those of a checkpoint, and those that train."""
+    """Numbers of parameters: of a model, those that train, and those that a checkpoint has.
 
-    stored: int
+    Without those of adapters, which have a file of their own, but for those that train.
+    """
+
+    total: int
     trained: int
+    stored: int
 
 
 @dataclass
@@ -230,10 +234,20 @@ class VisionLanguageModel:
         return {n: p for n, p in self.clip.named_parameters() if p.requires_grad}
 
     def parameter_counts(self) -> Counts:
-        """How many parameters a checkpoint has, with adapters merged, and how many train."""
+        """How many parameters it has, how many train, and how many a checkpoint has."""
         trained = sum(p.numel() for p in self.trainable().values())
-        every = sum(p.numel() for p in self.clip.parameters())
-        return Counts(every - (0 if self.adapters is None else self.adapters.parameters), trained)
+        sizes = {name: p.numel() for name, p in self.clip.named_parameters()}
+        total = sum(sizes.values()) - (0 if self.adapters is None else self.adapters.parameters)
+        left_out = self._left_out
+        return Counts(
+            total, trained, total - sum(n for k, n in sizes.items() if k.startswith(left_out))
+        )
+
+    @property
+    def _left_out(self) -> tuple[str, ...]:
+        # Where one of them trains, its weights differ from the package's.
+        trains = any(name.startswith(self.packaged) for name in self.trainable())
+        return () if trains else self.packaged
 
     def train(self) -> None:
         """Training mode for what trains; frozen parts and batch normalisation stay in evaluation.
@@ -317,9 +331,7 @@ class VisionLanguageModel:
         Args:
             whole: keep the keys in `packaged` in any case.
         """
-        packaged = self.packaged
-        if whole or any(name.startswith(packaged) for name in self.trainable()):
-            packaged = ()
+        packaged = () if whole else self._left_out
         state = _whole_state(self.clip)
         if self.adapters is not None:
             state = self.adapters.merged(state)

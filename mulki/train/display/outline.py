@@ -111,7 +111,7 @@ def plan(setup: Setup) -> list[str]:
     before = ", ".join(task.name for task in setup.tasks[: setup.earlier])
     lines = {
         "run": tasks["run"],
-        "model": f"{config.model}, {millions(counts.stored)} parameters, "
+        "model": f"{config.model}, {millions(counts.total)} parameters, "
         f"{millions(counts.trained)} {_trained(setup.model.adapters)}",
         "goes on": f"from {config.continue_}, which has learned {before}" if before else "",
         "original": config.original or "",

@@ -189,6 +189,10 @@ def _of_attention(
             training=False,
             need_weights=False,
             attn_mask=more.get("attn_mask"),
+            use_separate_proj_weight=module.in_proj_weight is None,
+            q_proj_weight=module.q_proj_weight,
+            k_proj_weight=module.k_proj_weight,
+            v_proj_weight=module.v_proj_weight,
         )
         add(of_output, attended.reshape(-1, module.embed_dim))
 

@@ -240,7 +240,6 @@ def _read(
         check_begin(goes_on.said, hashes)
         hashes["checkpoint"] = goes_on.checksum
     weights = hashes.get("original", hashes["weights"])
-    cache = cache_of_original(config, model, weights, precision, world) if write else None
     _store_weights(config, precision, model, original)
     _adapt(config, method, model)
     if goes_on is not None and model.adapters is not None:
@@ -251,6 +250,8 @@ def _read(
         original = beside(config, original, model)
     new = with_validation(config, method, data.tasks[data.earlier :])
     data = data._replace(tasks=[*data.tasks[: data.earlier], *new])
+    # Last, since it makes a folder.
+    cache = cache_of_original(config, model, weights, precision, world) if write else None
     return Setup(
         config=config,
         method=method,

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from mulki.clip.models import VisionLanguageModel
 from mulki.data import Task
 from mulki.train.config.precision import Precision
-from mulki.train.learning.directions import input_moments, mean_gradients
+from mulki.train.learning.directions import _of_attention, input_moments, mean_gradients
 from mulki.train.learning.inputs import TaskInputs, Training
 from tests.train.learn_helpers import CONFIG, Load, method_named
 from tests.train_helpers import Calls
@@ -115,6 +115,21 @@ def test_moments_are_those_of_all_inputs(load_tiny: Load, task: Task, name_of_mo
         value = found[key]
         rows = torch.cat([each.flatten(0, -2) for each in seen[key]]).double()
         torch.testing.assert_close(value.double(), rows.T @ rows, rtol=1e-3, atol=1e-3, msg=key)
+
+
+def test_attention_over_inputs_of_another_width() -> None:
+    # As the pooling of CoCa: queries, keys and values have weights of their own.
+    attention = nn.MultiheadAttention(8, 2, kdim=6, vdim=6, batch_first=True)
+    query, keys = torch.randn(3, 4, 8), torch.randn(3, 5, 6)
+    seen: dict[str, Tensor] = {}
+    attention.register_forward_pre_hook(
+        _of_attention(None, "out", seen.__setitem__), with_kwargs=True
+    )
+    with torch.no_grad():
+        expected, _ = attention(query, keys, keys)
+        assert attention.out_proj(seen["out"]).shape == (12, 8)
+        found = attention.out_proj(seen["out"].unflatten(0, (4, 3))).transpose(0, 1)
+    torch.testing.assert_close(found, expected)
 
 
 def test_inputs_that_are_not_seen_are_told(

@@ -122,6 +122,14 @@ def test_bad_input_is_found_before_the_folder_is_made(
     assert not (tmp_path / "logs").exists()
 
 
+def test_bad_adapters_are_found_before_the_cache_is_made(
+    run: Run, tmp_path: Path, no_training: None
+) -> None:
+    with pytest.raises(InputError, match="--lora-rank: got 64"):
+        run(method="mulki", lora_rank=64, teacher_cache=str(tmp_path / "cache"))
+    assert not (tmp_path / "cache").exists()
+
+
 def test_a_run_with_adapters_says_how_many_parameters_train(run: Run) -> None:
     folder = run(method="finetune", lora_rank=2, lora_targets=("out_proj",))
     counts = json.loads((folder.path / "env.json").read_text())["parameters"]
