@@ -13,14 +13,16 @@ import pytest
 import torch
 
 from mulki.data import transforms
+from mulki.data.made_images import MadeImages
 from mulki.distributed.world import World
 from mulki.errors import InputError
 from mulki.runs.results import read_evaluations
 from mulki.train import rows, task_learner
 from mulki.train.config.precision import Precision
+from mulki.train.config.run_config import resolve
 from mulki.train.start import setup
 from tests.data.published.conftest import data_root, written
-from tests.train.run_helpers import Run, weights
+from tests.train.run_helpers import SHORT, Run, weights
 from tests.train_helpers import COLOURS, same_state, write_task
 
 __all__ = ["data_root", "written"]
@@ -120,6 +122,27 @@ def test_bad_input_is_found_before_the_folder_is_made(
     with pytest.raises(InputError, match=re.escape(said)):
         run(**options)
     assert not (tmp_path / "logs").exists()
+
+
+def test_made_images_follow_the_changes_and_the_seed_of_the_run(
+    start_model: dict[str, str], task_folders: tuple[str, str]
+) -> None:
+    given = {
+        "tasks": task_folders,
+        "method": "snd",
+        "reference": "made",
+        "device": "cpu",
+        "seed": 3,
+    }
+    changes = ("noise", "average")
+    options = SHORT | start_model | given | {"reference_changes": changes}
+    with setup.prepared(resolve(options), write=False) as prepared:
+        task = prepared.tasks[0]
+        reference = prepared.reference_of(task)
+    assert reference is not None
+    wanted = MadeImages(task.train, changes, 3)
+    for place in range(len(wanted)):
+        assert reference.images.load(place).tobytes() == wanted.load(place).tobytes()
 
 
 def test_bad_adapters_are_found_before_the_cache_is_made(
