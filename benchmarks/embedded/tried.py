@@ -45,7 +45,6 @@ from mulki.data.made_images import MadeImages
 from mulki.data.reference import ReferenceSet
 from mulki.data.subset import Subset, permutation
 from mulki.data.vocabulary import TEMPLATE, imagenet_vocabulary
-from mulki.methods import PREVIOUS
 from mulki.methods.keeplora import missing_directions
 from mulki.methods.mulki import MulKI
 from mulki.train import task_learner
@@ -262,7 +261,8 @@ class Crafted(Idea):
 
     def start(self, training: Any, inputs: Any) -> Any:
         started = time.perf_counter()
-        teacher, task, config = inputs.frozen[PREVIOUS], inputs.task, training.config
+        # The student as it is now: without distillation there is no previous model.
+        teacher, task, config = training.model.frozen_copy(), inputs.task, training.config
         generator = torch.Generator().manual_seed(config.seed + inputs.index)
         pixels = _images(training, task, len(task.train))
         count = len(pixels)
