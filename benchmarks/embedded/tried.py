@@ -29,7 +29,7 @@ import argparse
 import multiprocessing
 import time
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -311,8 +311,6 @@ class Crafted(Idea):
             pictures += [of.load(i) for i in range(len(of))]
         images = Pictures(pictures, [0] * len(pictures))
         reference = ReferenceSet(images, None)  # type: ignore[arg-type]
-        from dataclasses import replace
-
         return replace(inputs, reference=reference)
 
     @torch.no_grad()
