@@ -62,6 +62,25 @@ def test_directions_are_those_of_the_formula(name: str) -> None:
     assert method.kept()[name].shape[1] == held.shape[1] - principal.shape[1] > 0
 
 
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+def test_b_from_zero_makes_the_steps_of_b_from_the_gradient(decay: float) -> None:
+    """Theirs: B from S V^T of the projected gradient, and that product taken off W."""
+    weight, each = made(5, WIDE), adapted(made(5, WIDE))
+    gradient, inputs, wanted = made(5, WIDE, 2), made(20, WIDE, 3), made(20, 5, 4)
+    start(KeepLoRA(KeepLoRA.Options(energy_image=0.3)), {NAME: each}, gradient)
+    a = each.a.double()
+    after = []
+    for first in (torch.zeros(5, RANK).double(), gradient @ a.mT):
+        base, b = weight - first @ a, first.clone().requires_grad_()
+        optimizer = torch.optim.AdamW([b], lr=0.05, weight_decay=decay)
+        for _ in range(5):
+            optimizer.zero_grad()
+            (inputs @ (base + b @ a).mT - wanted).square().mean().backward()
+            optimizer.step()
+        after.append((base + b @ a).detach())
+    assert torch.allclose(*after) == (decay == 0)
+
+
 def test_a_task_that_goes_on_keeps_its_directions() -> None:
     each = adapted(made(5, WIDE))
     each.a.fill_(0.5)
