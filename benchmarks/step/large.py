@@ -17,6 +17,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from itertools import product
 from multiprocessing import get_context
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from benchmarks.tables import Row, machine_line, markdown, parser_with_output, write_csv
@@ -25,9 +26,11 @@ from mulki.clip.models import BUNDLED
 from mulki.data.subset import Subset, sampled
 
 MOST = "--lora-rank 16 --grad-checkpointing"
+CACHED = "all weights, --teacher-cache"
 FORMS: dict[str, dict[str, Any]] = {
     "all weights": {},
     "all weights, --grad-checkpointing": {"grad_checkpointing": True},
+    CACHED: {},
     "--lora-rank 16": {"lora_rank": 16},
     MOST: {"lora_rank": 16, "grad_checkpointing": True},
 }
@@ -36,7 +39,7 @@ BATCHES = (64, 1024, 16384)
 MODELS: dict[str, dict[str, tuple[int, ...]]] = {
     "mulki-mini": {"all weights": (64, 1024)},
     "ViT-B-16": dict.fromkeys(FORMS, (64,)),
-    "ViT-L-14": dict.fromkeys(FORMS, (64,)),
+    "ViT-L-14": dict.fromkeys(set(FORMS) - {CACHED}, (64,)),
     "ViT-H-14": {MOST: (64,)},
 }
 # Images in a measured batch, where the whole one takes too long.
@@ -66,7 +69,10 @@ def rows_of(model: str, form: str) -> list[Row]:
     from mulki.train.card import most, ways
     from mulki.train.start.setup import prepared
 
-    with prepared(_settings(model, form, MICRO_BATCH), write=False) as setup:
+    with (
+        TemporaryDirectory() as cache,
+        prepared(_settings(model, form, MICRO_BATCH, cache), write=False) as setup,
+    ):
         way, size = next(ways(setup)), setup.model.image_size
     rows: list[Row] = []
     for batch in BATCHES:
@@ -96,7 +102,10 @@ def measured(model: str, form: str, batch: int) -> float:
     from mulki.train.task_learner import TaskLearner
 
     peak = PeakMemory("cpu")
-    with prepared(_settings(model, form, batch), write=False) as setup:
+    with (
+        TemporaryDirectory() as cache,
+        prepared(_settings(model, form, batch, cache), write=False) as setup,
+    ):
         task = setup.tasks[0]
         # Each class in its turn, and all again where the task has fewer images.
         few = sampled(task, min(batch, len(task.train))).train
@@ -107,7 +116,7 @@ def measured(model: str, form: str, batch: int) -> float:
     return growth / 2**20
 
 
-def _settings(model: str, form: str, batch: int) -> Any:
+def _settings(model: str, form: str, batch: int, cache: str) -> Any:
     from mulki.train.config.run_config import resolve
 
     given: dict[str, Any] = {
@@ -120,6 +129,8 @@ def _settings(model: str, form: str, batch: int) -> Any:
         "micro_batch": str(MICRO_BATCH),
         "iterations": 2,
     }
+    if form == CACHED:
+        given["teacher_cache"] = cache
     if model != BUNDLED:
         given["pretrained"] = "none"
     return resolve(given | FORMS[form])
@@ -131,10 +142,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--models", nargs="+", choices=list(MODELS), default=list(MODELS), help="some of them"
     )
+    parser.add_argument(
+        "--forms", nargs="+", choices=list(FORMS), default=list(FORMS), help="some of them"
+    )
     a = parser.parse_args(argv)
     print(machine_line("cpu"), flush=True)
     rows = []
-    for model, form in product(a.models, FORMS):
+    for model, form in product(a.models, a.forms):
         for row in _alone(rows_of, model, form):
             if row["batch"] in MODELS[model].get(form, ()):
                 row["images"] = FEWER.get(model, row["batch"])
