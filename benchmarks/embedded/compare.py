@@ -61,13 +61,6 @@ def main() -> None:
         choices=(*studies.CHOICES, "compare", "gates", "vit", "tables", "figures"),
     )
     parser.add_argument(
-        "--methods",
-        nargs="+",
-        choices=list(studies.GRIDS),
-        default=list(studies.GRIDS),
-        help="for tune, strength, smoothing",
-    )
-    parser.add_argument(
         "--seeds",
         nargs="+",
         type=int,
@@ -91,11 +84,9 @@ def main() -> None:
             print(path)
         return
     runs = {
-        "tune": lambda: [r for m in arguments.methods for r in studies.tuning(m)],
-        "strength": lambda: [
-            r for m in arguments.methods if m in studies.TUNED for r in studies.strengths(m)
-        ],
-        "smoothing": lambda: [r for m in arguments.methods for r in studies.smoothing(m)],
+        "tune": lambda: [run for method in studies.GRIDS for run in studies.tuning(method)],
+        "strength": lambda: [run for method in studies.TUNED for run in studies.strengths(method)],
+        "smoothing": lambda: [run for method in studies.GRIDS for run in studies.smoothing(method)],
         "held": studies.held,
         "again": studies.again,
         "changes": studies.changes,

@@ -8,7 +8,6 @@ what is gained or lost of the zero-shot accuracy over the tasks that come later.
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -55,8 +54,12 @@ def draw(lines: Sequence[Mapping[str, Any]], folder: Path) -> list[Path]:
         folder: where ``learning-curves.svg`` and ``.png`` go.
 
     Raises:
-        InputError: matplotlib is not installed, or there are no runs.
+        InputError: there are no runs.
     """
+    # Here, since every process of a study imports this module, and none of them draws.
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
     runs = {
         name: [
             curves(r)
@@ -68,11 +71,7 @@ def draw(lines: Sequence[Mapping[str, Any]], folder: Path) -> list[Path]:
     }
     if not any(runs.values()):
         raise InputError("figures: no runs of the comparison; run the study compare first")
-    try:
-        figure_class = importlib.import_module("matplotlib.figure").Figure
-    except ImportError:
-        raise InputError("figures: matplotlib is not installed; pip install matplotlib") from None
-    figure = figure_class(figsize=(10, 4), layout="constrained")
+    figure = Figure(figsize=(10, 4), layout="constrained")
     axes = figure.subplots(1, len(_PANELS))
     for ax, (label, curve) in zip(axes, _PANELS, strict=True):
         for (name, of), colour in zip(runs.items(), _COLOURS, strict=True):
@@ -89,7 +88,7 @@ def draw(lines: Sequence[Mapping[str, Any]], folder: Path) -> list[Path]:
     axes[0].legend()
     paths = [folder / f"learning-curves.{suffix}" for suffix in ("svg", "png")]
     # Without a date, and with names that do not change, the same results give the same file.
-    with importlib.import_module("matplotlib").rc_context({"svg.hashsalt": "mulki"}):
+    with mpl.rc_context({"svg.hashsalt": "mulki"}):
         for path in paths:
             metadata = {"Date": None} if path.suffix == ".svg" else {}
             figure.savefig(path, dpi=110, metadata=metadata)

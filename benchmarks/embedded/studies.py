@@ -342,14 +342,8 @@ def tuning(method: str) -> list[Run]:
 def strengths(method: str) -> list[Run]:
     """A method's best point and stronger ones, over the orders that are kept apart."""
     points = [at(method, strength) for strength in STRENGTHS[method]]
-    return [
-        Run(
-            "strength",
-            f"{method} {_shown(point)}",
-            {"order": order, "seed": TUNING_SEEDS[0]} | _as_tuned(method) | point,
-        )
-        for point, order in product(points, FORM_ORDERS)
-    ]
+    given = _as_tuned(method)
+    return _kept_apart("strength", {f"{method} {_shown(of)}": given | of for of in points})
 
 
 def smoothing(method: str) -> list[Run]:
@@ -358,41 +352,28 @@ def smoothing(method: str) -> list[Run]:
     kinds = {"": given}
     if "reference" in given:
         kinds[", made images"] = given | MADE
-    return [
-        Run(
-            "smoothing",
-            f"{method} label_smoothing={value:g}{kind}",
-            {"order": order, "seed": TUNING_SEEDS[0]} | options | {"label_smoothing": value},
-        )
-        for value, order, (kind, options) in product(SMOOTHINGS, FORM_ORDERS, kinds.items())
-    ]
+    points = {
+        f"{method} label_smoothing={value:g}{kind}": options | {"label_smoothing": value}
+        for value, (kind, options) in product(SMOOTHINGS, kinds.items())
+    }
+    return _kept_apart("smoothing", points)
 
 
 def held() -> list[Run]:
     """MulKI's forms without label smoothing, over the orders that are kept apart."""
-    return [
-        Run("held", name, {"order": order, "seed": TUNING_SEEDS[0]} | form)
-        for (name, form), order in product(HELD.items(), FORM_ORDERS)
-    ]
+    return _kept_apart("held", HELD)
 
 
 def again() -> list[Run]:
     """Every row by its learning rate and by how strongly it holds, as results are made."""
-    runs = []
+    points: dict[str, Options] = {}
     for of_rate, (row, strengths_of) in product((False, True), AGAIN.items()):
         method = ROWS[row]["method"]
         given = {"lr": _preset_before_again(method)["lr"]} | METHODS[method] | ROWS[row]
-        rate = given["lr"]
-        points = [{"lr": rate * share} for share in (0.5, 2.0)] if of_rate else strengths_of
-        runs += [
-            Run(
-                "again",
-                f"{row}, {_shown(point)}",
-                {"order": order, "seed": TUNING_SEEDS[0]} | given | point,
-            )
-            for point, order in product(points, FORM_ORDERS)
-        ]
-    return runs
+        rates = [{"lr": given["lr"] * share} for share in (0.5, 2.0)]
+        for point in rates if of_rate else strengths_of:
+            points[f"{row}, {_shown(point)}"] = given | point
+    return _kept_apart("again", points)
 
 
 def before_again(row: str) -> tuple[str, str]:
@@ -405,11 +386,9 @@ def before_again(row: str) -> tuple[str, str]:
 
 def changes() -> list[Run]:
     """MulKI at its preset, by what is done to the images it is held on."""
-    given = {"method": "mulki", "seed": TUNING_SEEDS[0]}
-    return [
-        Run("changes", name, given | {"order": order, "reference_changes": names})
-        for (name, names), order in product(CHANGED.items(), FORM_ORDERS)
-    ]
+    given = {"method": "mulki"}
+    points = {name: given | {"reference_changes": names} for name, names in CHANGED.items()}
+    return _kept_apart("changes", points)
 
 
 def gates(seeds: tuple[int, ...] = SEEDS) -> list[Run]:
@@ -485,6 +464,14 @@ def comparison(seeds: tuple[int, ...] = SEEDS) -> list[Run]:
             options["we_every"] = every
         runs.append(Run("compare", name, options))
     return runs
+
+
+def _kept_apart(study: str, points: dict[str, Options]) -> list[Run]:
+    # Runs by variant, over the orders that are kept apart.
+    return [
+        Run(study, variant, {"order": order, "seed": TUNING_SEEDS[0]} | options)
+        for (variant, options), order in product(points.items(), FORM_ORDERS)
+    ]
 
 
 def _preset_before_again(method: str) -> Options:

@@ -24,9 +24,9 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
 
 from benchmarks.losses.train import LOSSES, TEACHERS
+from benchmarks.microbatch.saved import SavedBytes
 from mulki.bench.call_cost import extra_memory, no_garbage_collection, take_turns
 from mulki.bench.cases import Inputs
 from mulki.bench.machine import describe_machine, setting_line
@@ -84,19 +84,10 @@ def check(name: str, n: int, width: int) -> float:
 
 def kept(loss: nn.Module, given: dict[str, Tensor]) -> int:
     """Bytes of the storages that a call keeps for backward, its inputs included."""
-    storages: dict[int, int] = {}
-    held: list[Tensor] = []
-
-    def pack(tensor: Tensor) -> Tensor:
-        held.append(tensor)  # or its memory could be taken again, and be counted once
-        storage = tensor.untyped_storage()
-        storages[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with saved_tensors_hooks(pack, lambda tensor: tensor):
-        value = total(loss, given)
-    del value
-    return sum(storages.values())
+    saved = SavedBytes()
+    with saved.watching():
+        total(loss, given)
+    return saved.peak
 
 
 def extra_at_peak(loss: nn.Module, given: dict[str, Tensor]) -> int:

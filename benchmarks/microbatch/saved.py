@@ -17,7 +17,7 @@ class SavedBytes:
         apart: tensors that are there anyway, such as weights and the batch; not counted.
     """
 
-    def __init__(self, apart: Iterable[Tensor]) -> None:
+    def __init__(self, apart: Iterable[Tensor] = ()) -> None:
         self._apart = {t.untyped_storage().data_ptr() for t in apart}
         self._users: Counter[int] = Counter()
         self.held = 0

@@ -19,26 +19,24 @@ from mulki.bench.cases import SCALE, Case
 from mulki.bench.losses import TEMPERATURE, Loss, Matrix, log_softmax
 from mulki.bench.providers import PROVIDERS, Provider, autocast, is_loss
 
-#: The distribution of a package, by the name it is imported by.
-DISTRIBUTIONS = {
-    "liger_kernel": "liger-kernel",
-    "cut_cross_entropy": "cut-cross-entropy",
-    "memeff": "memeff",
-}
-
 
 def absent(package: str, device: str) -> str | None:
     """Why a package serves no case on this device, or None."""
     if torch.device(device).type != "cuda":
         return "wants a CUDA GPU"
     if importlib.util.find_spec(package) is None:
-        return f"{DISTRIBUTIONS[package]} is not installed"
+        return f"{distribution_of(package)} is not installed"
     return None
+
+
+def distribution_of(package: str) -> str:
+    """What a package is installed by."""
+    return package.replace("_", "-")
 
 
 def version(package: str) -> str:
     """The package with its version, for a note."""
-    distribution = DISTRIBUTIONS[package]
+    distribution = distribution_of(package)
     try:
         return f"{distribution} {importlib.metadata.version(distribution)}"
     except importlib.metadata.PackageNotFoundError:
@@ -98,12 +96,8 @@ def liger_refusal(case: Case) -> str | None:
 
 def cut_cross_entropy(case: Case) -> Loss:
     """Tiles of logits recomputed in the backward pass; its gradient filter as it is by default."""
-    module: Any = importlib.import_module("cut_cross_entropy")
-
-    def loss(x: Tensor, w: Tensor, scale: Tensor, target: Tensor) -> Tensor:
-        return module.linear_cross_entropy(scale * x, w, target, reduction="mean")
-
-    return loss
+    of_labels: Any = importlib.import_module("cut_cross_entropy").linear_cross_entropy
+    return lambda x, w, scale, target: of_labels(scale * x, w, target, reduction="mean")
 
 
 def cut_cross_entropy_refusal(case: Case) -> str | None:
@@ -125,11 +119,7 @@ def memeff(case: Case) -> Loss:
     of_pairs = module.MemoryEfficientCLIPLoss(
         temperature=1 / SCALE, normalized_inputs=True, stable=False
     )
-
-    def loss(x: Tensor, w: Tensor, scale: Tensor) -> Tensor:
-        return of_pairs(x, w)
-
-    return loss
+    return lambda x, w, scale: of_pairs(x, w)
 
 
 def memeff_refusal(case: Case) -> str | None:
@@ -137,38 +127,35 @@ def memeff_refusal(case: Case) -> str | None:
     return None if case.operator == "contrastive" else "has the contrastive loss alone"
 
 
-def _peers() -> tuple[Provider, ...]:
-    return (
-        Provider(
-            "liger",
-            liger,
-            context=autocast,
-            absence=partial(absent, "liger_kernel"),
-            refusal=liger_refusal,
-            note=lambda case: version("liger_kernel"),
-            early_gradients=is_loss,
-            peer=True,
-        ),
-        Provider(
-            "cce",
-            cut_cross_entropy,
-            absence=partial(absent, "cut_cross_entropy"),
-            refusal=cut_cross_entropy_refusal,
-            note=lambda case: version("cut_cross_entropy"),
-            peer=True,
-        ),
-        Provider(
-            "memeff",
-            memeff,
-            absence=partial(absent, "memeff"),
-            refusal=memeff_refusal,
-            note=lambda case: f"{version('memeff')}, without a gradient to the scale",
-            without=("scale",),
-            peer=True,
-        ),
-    )
-
-
+_PEERS = (
+    Provider(
+        "liger",
+        liger,
+        context=autocast,
+        absence=partial(absent, "liger_kernel"),
+        refusal=liger_refusal,
+        note=lambda case: version("liger_kernel"),
+        early_gradients=is_loss,
+        peer=True,
+    ),
+    Provider(
+        "cce",
+        cut_cross_entropy,
+        absence=partial(absent, "cut_cross_entropy"),
+        refusal=cut_cross_entropy_refusal,
+        note=lambda case: version("cut_cross_entropy"),
+        peer=True,
+    ),
+    Provider(
+        "memeff",
+        memeff,
+        absence=partial(absent, "memeff"),
+        refusal=memeff_refusal,
+        note=lambda case: f"{version('memeff')}, without a gradient to the scale",
+        without=("scale",),
+        peer=True,
+    ),
+)
 # Ours come last.
 _ours = {name: PROVIDERS.pop(name) for name in list(PROVIDERS) if name.startswith("mulki")}
-PROVIDERS.update({provider.name: provider for provider in _peers()} | _ours)
+PROVIDERS.update({provider.name: provider for provider in _PEERS} | _ours)

@@ -10,8 +10,8 @@ the logits of every model. Both are checked against each other first, then timed
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from itertools import product
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +23,8 @@ from mulki.bench.cases import Inputs
 from mulki.clip.features import Features
 from mulki.stages.anchors import TextsOf, text_anchor_kl
 
-TEMPERATURE = 2.0
+CLASSES, SCALE, TEMPERATURE = 10, 100.0, 2.0
+TEXTS_OF: tuple[TextsOf, ...] = ("teacher", "student")
 COLUMNS = {
     "texts_of": "texts of",
     "images": "images",
@@ -33,55 +34,13 @@ COLUMNS = {
 }
 
 
-@dataclass(frozen=True)
-class Shape:
-    """What is timed.
+def measure(
+    texts_of: TextsOf, images: int, anchors: int, width: int, seconds: float, device: str
+) -> list[dict[str, Cell]]:
+    """Rows of the table for one shape.
 
     Args:
         texts_of: whose texts the student's images are held against.
-        images: in a batch.
-        classes: of the task.
-        anchors: texts beyond the classes.
-        width: D.
-    """
-
-    texts_of: TextsOf
-    images: int
-    classes: int
-    anchors: int
-    width: int
-
-
-def fused(shape: Shape, teachers: Sequence[Features], weights: Tensor) -> Callable[..., Tensor]:
-    """`mulki.stages.anchors.text_anchor_kl`."""
-
-    def loss(images: Tensor, anchored: Tensor) -> Tensor:
-        student = Features(images, anchored[: shape.classes], 100.0, anchored=anchored)
-        return text_anchor_kl(student, teachers, weights, anchor_texts=shape.texts_of)
-
-    return loss
-
-
-def plain(shape: Shape, teachers: Sequence[Features], weights: Tensor) -> Callable[..., Tensor]:
-    """The same with stored logits and `F.kl_div`."""
-
-    def loss(images: Tensor, anchored: Tensor) -> Tensor:
-        total = images.new_zeros(())
-        for k, teacher in enumerate(teachers):
-            assert teacher.anchored is not None
-            with torch.no_grad():
-                p = F.softmax(100.0 * teacher.images @ teacher.anchored.T / TEMPERATURE, dim=1)
-            columns = anchored if shape.texts_of == "student" else teacher.anchored
-            log_q = F.log_softmax(100.0 * images @ columns.T / TEMPERATURE, dim=1)
-            kl = F.kl_div(log_q, p, reduction="none").sum(dim=1)
-            total = total + TEMPERATURE**2 * (weights[:, k] * kl).mean()
-        return total
-
-    return loss
-
-
-def measure(shape: Shape, seconds: float, device: str) -> list[dict[str, Cell]]:
-    """Rows of the table for one shape.
 
     Raises:
         AssertionError: the two ways differ.
@@ -89,30 +48,38 @@ def measure(shape: Shape, seconds: float, device: str) -> list[dict[str, Cell]]:
     generator = torch.Generator(device).manual_seed(0)
 
     def unit(rows: int) -> Tensor:
-        x = torch.randn(rows, shape.width, generator=generator, device=device)
+        x = torch.randn(rows, width, generator=generator, device=device)
         return F.normalize(x, dim=1)
 
-    def model() -> tuple[Tensor, Tensor]:
-        return unit(shape.images), unit(shape.classes + shape.anchors)
+    def model(u: Tensor, anchored: Tensor) -> Features:
+        return Features(u, anchored[:CLASSES], SCALE, anchored=anchored)
 
-    teachers = []
-    for _ in range(2):
-        images, anchored = model()
-        teachers.append(Features(images, anchored[: shape.classes], 100.0, anchored=anchored))
-    weights = torch.rand(shape.images, 2, generator=generator, device=device)
+    teachers = [model(unit(images), unit(CLASSES + anchors)) for _ in range(2)]
+    weights = torch.rand(images, 2, generator=generator, device=device)
     weights = weights / weights.sum(dim=1, keepdim=True)
-    arguments = model()
-    names = ("images",) if shape.texts_of == "teacher" else ("images", "anchored")
+
+    def fused(u: Tensor, anchored: Tensor) -> Tensor:
+        return text_anchor_kl(model(u, anchored), teachers, weights, anchor_texts=texts_of)
+
+    def plain(u: Tensor, anchored: Tensor) -> Tensor:
+        total = u.new_zeros(())
+        for k, teacher in enumerate(teachers):
+            assert teacher.anchored is not None
+            with torch.no_grad():
+                p = F.softmax(SCALE * teacher.images @ teacher.anchored.T / TEMPERATURE, dim=1)
+            columns = anchored if texts_of == "student" else teacher.anchored
+            log_q = F.log_softmax(SCALE * u @ columns.T / TEMPERATURE, dim=1)
+            kl = F.kl_div(log_q, p, reduction="none").sum(dim=1)
+            total = total + TEMPERATURE**2 * (weights[:, k] * kl).mean()
+        return total
+
+    arguments = unit(images), unit(CLASSES + anchors)
+    names = ("images",) if texts_of == "teacher" else ("images", "anchored")
     leaves = dict(zip(names, (x.requires_grad_() for x in arguments), strict=False))
     relation = Inputs(arguments, leaves, torch.ones((), device=device))
-    ways = {make.__name__: make(shape, teachers, weights) for make in (fused, plain)}
-    columns = {
-        "texts_of": shape.texts_of,
-        "images": shape.images,
-        "anchors": shape.anchors,
-        "width": shape.width,
-    }
-    return [columns | row for row in side_by_side(ways, relation, seconds, device)]
+    shape = {"texts_of": texts_of, "images": images, "anchors": anchors, "width": width}
+    ways = {"fused": fused, "plain": plain}
+    return [shape | row for row in side_by_side(ways, relation, seconds, device)]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -125,13 +92,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--device", default="cpu")
     a = parser.parse_args(argv)
     print(machine_line(a.device), flush=True)
-    rows = []
-    texts: TextsOf
-    for texts in ("teacher", "student"):
-        for images in a.images:
-            for anchors in a.anchors:
-                shape = Shape(texts, images, 10, anchors, a.width)
-                rows += measure(shape, a.seconds, a.device)
+    shapes = product(TEXTS_OF, a.images, a.anchors)
+    rows = [row for shape in shapes for row in measure(*shape, a.width, a.seconds, a.device)]
     show(rows, COLUMNS, a.output, a.device)
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from statistics import median
 
 import torch
 from torch import Tensor
 
 from benchmarks.tables import Cell
-from mulki.bench.call_cost import extra_memory, take_turns, timed_call
+from mulki.bench.call_cost import extra_memory, outputs, take_turns, timed
 from mulki.bench.cases import Inputs
 
 #: The columns of `side_by_side`, for `benchmarks.tables.markdown`.
@@ -29,17 +30,11 @@ def side_by_side(
     Raises:
         AssertionError: the ways differ in value or gradients.
     """
-    leaves = list(inputs.leaves.values())
-
-    def step(way: str) -> tuple[Tensor, ...]:
-        output = ways[way](*inputs.arguments)
-        return (output, *torch.autograd.grad(output, leaves))
-
-    wanted = step("plain")
-    for way in ways:
-        for got, want in zip(step(way), wanted, strict=True):
+    wanted = outputs("both", ways["plain"], inputs)
+    for loss in ways.values():
+        for got, want in zip(outputs("both", loss, inputs), wanted, strict=True):
             torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-4)
-    calls = {way: (lambda way=way: timed_call(lambda: step(way), device)) for way in ways}
+    calls = {way: partial(timed, "both", loss, inputs, device) for way, loss in ways.items()}
     times = take_turns(calls, seconds)
     rows: list[dict[str, Cell]] = []
     for way, loss in ways.items():

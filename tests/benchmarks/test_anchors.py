@@ -31,6 +31,5 @@ def test_every_shape_has_both_ways(tmp_path: Path, capsys: pytest.CaptureFixture
 
 def test_ways_that_differ_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(anchors, "TEMPERATURE", 3.0)  # what only the plain way reads
-    shape = anchors.Shape("teacher", 8, 4, 20, 16)
     with pytest.raises(AssertionError, match="not close"):
-        anchors.measure(shape, 0.0, "cpu")
+        anchors.measure("teacher", 8, 20, 16, 0.0, "cpu")

@@ -321,7 +321,6 @@ def test_curves_of_a_run() -> None:
 
 
 def test_figures_are_drawn_and_the_same_each_time(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib", reason="needs matplotlib")
     results = [
         line(method, order) | {"matrix": np.eye(3).tolist(), "zero_shot": [0, 0, 0]}
         for method in ("mulki", "lwf")

@@ -15,7 +15,6 @@ import hashlib
 import html
 import io
 import json
-import os
 import re
 import tarfile
 from collections.abc import Callable
@@ -38,6 +37,7 @@ from benchmarks.embedded.pack.tasks import (
     flags,
     letters,
 )
+from mulki.files import replacing, write_atomic
 
 SPLITS = ("train", "test")
 # Choices are made on III and IV, results are reported on I and II. III and IV were drawn at random
@@ -79,19 +79,14 @@ def shard(samples: list[Sample]) -> bytes:
     return gzip.compress(plain.getvalue(), compresslevel=9, mtime=0)
 
 
-def write(path: Path, data: bytes) -> None:
-    """Write beside, then rename: a reader sees the old file or the new one, never half of one."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(data)
-    os.replace(partial, path)
-
-
 NOBODY = frozenset({"", "me", "u", "unknown", "anonymous"})
 
 
 def _author(markup: str) -> str:
     """Whom a drawing names as its creator, without addresses; empty where it names nobody."""
-    name = html.unescape(html.unescape(render.clipart_author(markup)))
+    creator = re.search(r"<dc:creator>\s*<cc:Agent[^>]*>\s*<dc:title>([^<]*)", markup)
+    name = re.sub(r"\s+", " ", creator[1]).strip() if creator else ""
+    name = html.unescape(html.unescape(name))
     with contextlib.suppress(UnicodeError):
         name = name.encode("latin-1").decode("utf-8")  # some names were encoded twice
     address = re.compile(r"\s*[(\[<]?(\S+)(@| ON )[\w.-]+[)\]>]?")
@@ -146,7 +141,8 @@ def main() -> None:
         for split, samples in (("train", task.train), ("test", task.test)):
             data = shard(samples)
             file = f"{name}-{split}.tar.gz"
-            write(options.out / file, data)
+            with replacing(options.out / file) as partial:
+                partial.write_bytes(data)
             digest = hashlib.sha256(data).hexdigest()
             entry[split] = {"file": file, "count": len(samples), "sha256": digest}
             print(
@@ -162,8 +158,8 @@ def main() -> None:
     files = [options.out / task[split]["file"] for task in tasks.values() for split in SPLITS]
     authors = openclipart_authors(cache, files)
     terms = Path(__file__).with_name("licenses.md").read_text(encoding="utf-8")
-    write(options.out / "LICENSES.md", f"{terms}{authors}\n".encode())
-    write(index_file, (json.dumps(index, indent=1, ensure_ascii=False) + "\n").encode())
+    write_atomic(options.out / "LICENSES.md", f"{terms}{authors}\n")
+    write_atomic(index_file, json.dumps(index, indent=1, ensure_ascii=False) + "\n")
 
 
 if __name__ == "__main__":

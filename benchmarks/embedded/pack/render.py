@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import io
 import json
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,9 +38,7 @@ def fit(image: Image.Image, size: int = SIZE, margin: float = 0.05) -> np.ndarra
     return np.asarray(canvas)
 
 
-def svg(
-    text: str, size: int = SIZE, margin: float = 0.05, render_width: int = 160
-) -> np.ndarray | None:
+def svg(text: str, render_width: int = 160) -> np.ndarray | None:
     """Render SVG markup; None where it cannot be parsed or shows nothing."""
     try:
         # Without a dpi resvg refuses sizes in mm, cm and pt, which is half of Openclipart.
@@ -54,18 +51,18 @@ def svg(
     # A tall page with a wide width would be cropped to a sliver; such files are drawings of pages.
     if max(image.size) > 12 * min(image.size):
         return None
-    return fit(image, size, margin)
+    return fit(image)
 
 
-def svg_file(path: Path, **options) -> np.ndarray | None:
+def svg_file(path: Path) -> np.ndarray | None:
     try:
         # Drawings of files often cover a small part of a page, hence the larger canvas.
-        return svg(path.read_text(encoding="utf-8", errors="replace"), render_width=400, **options)
+        return svg(path.read_text(encoding="utf-8", errors="replace"), render_width=400)
     except OSError:
         return None
 
 
-def glyph(font: ImageFont.FreeTypeFont, text: str, size: int = SIZE, margin: float = 0.08):
+def glyph(font: ImageFont.FreeTypeFont, text: str, margin: float = 0.08):
     """Draw ``text`` in black; None where the glyph is blank."""
     try:
         mask = font.getmask(text, mode="L")
@@ -76,10 +73,10 @@ def glyph(font: ImageFont.FreeTypeFont, text: str, size: int = SIZE, margin: flo
     alpha = Image.frombytes("L", mask.size, bytes(mask))
     image = Image.new("RGBA", mask.size)
     image.putalpha(alpha)
-    return fit(image, size, margin)
+    return fit(image, SIZE, margin)
 
 
-def emoji_glyph(font: ImageFont.FreeTypeFont, text: str, size: int = SIZE) -> np.ndarray | None:
+def emoji_glyph(font: ImageFont.FreeTypeFont, text: str) -> np.ndarray | None:
     """Draw one colour-bitmap emoji; None where the font composes it of several glyphs or none."""
     try:
         box = font.getbbox(text)
@@ -89,7 +86,7 @@ def emoji_glyph(font: ImageFont.FreeTypeFont, text: str, size: int = SIZE) -> np
         return None
     image = Image.new("RGBA", (160, 160))
     ImageDraw.Draw(image).text((8, 8), text, font=font, embedded_color=True)
-    return fit(image, size)
+    return fit(image)
 
 
 def flatten(rgba: np.ndarray, background: tuple[int, int, int] = (255, 255, 255)) -> np.ndarray:
@@ -99,12 +96,12 @@ def flatten(rgba: np.ndarray, background: tuple[int, int, int] = (255, 255, 255)
     return np.rint(mixed).astype(np.uint8)
 
 
-def silhouette(shape: np.ndarray, size: int = 32) -> np.ndarray:
-    """White on black and cropped: ``[H, W]`` bool -> ``[size, size, 3]``; black where empty."""
+def silhouette(shape: np.ndarray) -> np.ndarray:
+    """White on black and cropped: ``[H, W]`` bool -> ``[32, 32, 3]``; black where empty."""
     layer = Image.new("RGBA", shape.shape[::-1], (255, 255, 255))
     layer.putalpha(Image.fromarray(np.where(shape, 255, 0).astype(np.uint8)))
-    rgba = fit(layer, size, 0.0)
-    return np.zeros((size, size, 3), np.uint8) if rgba is None else flatten(rgba, (0, 0, 0))
+    rgba = fit(layer, 32, 0.0)
+    return np.zeros((32, 32, 3), np.uint8) if rgba is None else flatten(rgba, (0, 0, 0))
 
 
 @dataclass(frozen=True)
@@ -116,7 +113,7 @@ class Icon:
     categories: tuple[str, ...]
 
 
-def iconify(package: Path, color: str = "#000000") -> Iterator[Icon]:
+def iconify(package: Path) -> Iterator[Icon]:
     """Read the drawings of an unpacked ``@iconify-json`` package as complete SVG documents."""
     icons = json.loads((package / "icons.json").read_text(encoding="utf-8"))
     metadata_file = package / "metadata.json"
@@ -131,17 +128,10 @@ def iconify(package: Path, color: str = "#000000") -> Iterator[Icon]:
         left, top = icon.get("left", 0), icon.get("top", 0)
         width = icon.get("width", icons.get("width", 16))
         height = icon.get("height", icons.get("height", 16))
-        body = icon["body"].replace("currentColor", color)
+        body = icon["body"].replace("currentColor", "#000000")
         markup = (
             '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
             f'viewBox="{left} {top} {width} {height}" width="{width}" height="{height}">'
             f"{body}</svg>"
         )
         yield Icon(name, markup, tuple(categories.get(name, ())))
-
-
-def clipart_author(markup: str) -> str:
-    """Whom an Openclipart file names as its creator; empty where it names nobody."""
-    pattern = r"<dc:creator>\s*<cc:Agent[^>]*>\s*<dc:title>([^<]*)"
-    match = re.search(pattern, markup)
-    return re.sub(r"\s+", " ", match.group(1)).strip() if match else ""

@@ -16,6 +16,8 @@ import tarfile
 import zipfile
 from pathlib import Path
 
+from mulki.files import new_folder
+
 # What the six tasks are drawn from.
 TASK_DEBIAN = (
     "fonts-aenigma",
@@ -152,10 +154,8 @@ class Cache:
     def _unpacked(self, kind: str, name: str, fetch) -> Path:
         folder = self.root / kind / name
         if not folder.exists():
-            partial = folder.with_name(f".{name}.partial")
-            partial.mkdir(parents=True, exist_ok=True)
-            fetch(partial)
-            partial.rename(folder)
+            with new_folder(folder) as partial:
+                fetch(partial)
         return folder
 
 

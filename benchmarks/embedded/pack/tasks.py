@@ -327,14 +327,21 @@ def emoji(cache: Cache, rng: np.random.Generator) -> Task:
     )
 
 
+def flag_code(points: str) -> str | None:
+    """``ad`` of ``1f1e6-1f1e9``; None of what is no flag of a country."""
+    letters_ = [int(part, 16) - 0x1F1E6 for part in points.split("-")]
+    if len(letters_) == 2 and all(0 <= x < 26 for x in letters_):
+        return "".join(chr(97 + x) for x in letters_)
+    return None
+
+
 def country_names(cache: Cache) -> dict[str, str]:
     """ISO 3166 code -> English name, from the names of the emoji flags."""
     table = json.loads((cache.npm("twemoji@1.2.5") / "chars.json").read_text(encoding="utf-8"))
     result = {}
     for points, name in table.items():
-        letters_ = [int(part, 16) - 0x1F1E6 for part in points.split("-")]
-        if name.startswith("flag-") and len(letters_) == 2 and all(0 <= x < 26 for x in letters_):
-            code = "".join(chr(97 + x) for x in letters_)
+        code = flag_code(points)
+        if code and name.startswith("flag-"):
             words = name.removeprefix("flag-").split("-")
             small = {"and", "of", "the"}
             result[code] = " ".join(w if w in small else w.capitalize() for w in words)

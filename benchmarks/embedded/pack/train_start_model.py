@@ -15,7 +15,6 @@ import argparse
 import contextlib
 import json
 import math
-import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,6 +32,7 @@ from mulki.clip.models import BUNDLED, VisionLanguageModel
 from mulki.data.loader import batches
 from mulki.data.shards import open_pack
 from mulki.data.subset import Subset
+from mulki.files import replacing
 
 # Share of a batch by the beginning of the source's name. Within a share pictures are equally
 # likely, animals excepted: each of the ten has an equal part, and heads have a fifth of it.
@@ -302,13 +302,9 @@ def main() -> None:
 
     def keep() -> None:
         live = {n: v for n, v in model.state_dict().items() if not n.startswith(mini.TRANSFORMER)}
-        partial = state_file.with_suffix(".partial")
-        torch.save(
-            {"model": live, "optimizer": optimizer.state_dict(), "average": average.mean,
-             "step": step},
-            partial,
-        )  # fmt: skip
-        os.replace(partial, state_file)
+        held = {"model": live, "optimizer": optimizer.state_dict(), "average": average.mean}
+        with replacing(state_file) as partial:
+            torch.save(held | {"step": step}, partial)
         with average.applied():
             mini.save(model, options.pack / "mulki-mini")
 

@@ -19,10 +19,9 @@ import json
 import re
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +34,7 @@ from benchmarks.embedded.pack.captions import animal_of, captions, plain_words
 from benchmarks.embedded.pack.shared_drawings import looks, own_look
 from benchmarks.embedded.pack.similar import NEAR, NEAR_SHAPE, mirrored, near_pairs, thumbnails
 from benchmarks.embedded.pack.sources import PAIR_FONTS, Cache
-from benchmarks.embedded.pack.tasks import EMOJI_GROUPS, country_names
+from benchmarks.embedded.pack.tasks import EMOJI_GROUPS, country_names, flag_code
 from mulki.data.shards import open_pack
 
 # Kinds of picture; the trainer augments each in its own way.
@@ -117,8 +116,14 @@ def _solid(image: np.ndarray) -> np.ndarray:
     return black
 
 
-def silhouettes(pair: Pair, name: str) -> Iterator[Pair]:
-    """The ten animals as filled shapes, and with their markings where the drawing has any."""
+def _group(categories: Iterable[str]) -> str | None:
+    """The emoji task's class of a picture of these groups of Unicode."""
+    return next((EMOJI_GROUPS[c] for c in categories if c in EMOJI_GROUPS), None)
+
+
+def with_silhouettes(pair: Pair, name: str) -> Iterator[Pair]:
+    """The picture; of the ten animals also the filled shape, of a zebra the markings."""
+    yield pair
     animal = animal_of(name)
     if animal is None:
         return
@@ -160,10 +165,8 @@ def _named(
         if image is None or (image[..., 3] > 30).mean() < 0.02:
             continue
         name = plain_words(icon.name)
-        groups = [EMOJI_GROUPS[c] for c in icon.categories if c in EMOJI_GROUPS] if emoji else []
-        pair = Pair(image, source, kind, captions(name, phrase, groups[0] if groups else None))
-        yield pair
-        yield from silhouettes(pair, name)
+        texts = captions(name, phrase, _group(icon.categories) if emoji else None)
+        yield from with_silhouettes(Pair(image, source, kind, texts), name)
 
 
 # Fluent marks skin tones without saying so.
@@ -225,11 +228,9 @@ def emoji_pairs(cache: Cache) -> Iterator[Pair]:
         name, categories = spaced.get(icon.name.replace("-", ""), (None, ()))
         image = render.svg(icon.markup) if name and not name.startswith("flag-") else None
         if image is not None:
-            groups = [EMOJI_GROUPS[c] for c in categories if c in EMOJI_GROUPS]
-            text = captions(plain_words(name), "an emoji", groups[0] if groups else None)
-            pair = Pair(image, "emoji fxemoji", DRAWING, text)
-            yield pair
-            yield from silhouettes(pair, plain_words(name))
+            name = plain_words(name)
+            texts = captions(name, "an emoji", _group(categories))
+            yield from with_silhouettes(Pair(image, "emoji fxemoji", DRAWING, texts), name)
 
 
 def symbola_pairs(cache: Cache) -> Iterator[Pair]:
@@ -246,16 +247,8 @@ def symbola_pairs(cache: Cache) -> Iterator[Pair]:
         image = render.glyph(font, chr(code), margin=0.05) if name else None
         if image is None:
             continue
-        known = [
-            EMOJI_GROUPS[c]
-            for c in groups.get(by_code.get(f"{code:x}", ""), ())
-            if c in EMOJI_GROUPS
-        ]
-        pair = Pair(
-            image, "emoji symbola", ICON, captions(name, "a drawing", known[0] if known else None)
-        )
-        yield pair
-        yield from silhouettes(pair, name)
+        texts = captions(name, "a drawing", _group(groups.get(by_code.get(f"{code:x}", ""), ())))
+        yield from with_silhouettes(Pair(image, "emoji symbola", ICON, texts), name)
 
 
 def icon_pairs(cache: Cache) -> Iterator[Pair]:
@@ -292,11 +285,7 @@ def flag_pairs(cache: Cache) -> Iterator[Pair]:
     for package in ("twemoji@1.2.5", "openmoji@1.2.29"):
         folder = cache.npm(package)
         table = json.loads((folder / "chars.json").read_text(encoding="utf-8"))
-        codes = {}
-        for points, name in table.items():
-            letters = [int(part, 16) - 0x1F1E6 for part in points.split("-")]
-            if len(letters) == 2 and all(0 <= x < 26 for x in letters):
-                codes[name] = "".join(chr(97 + x) for x in letters)
+        codes = {name: code for points, name in table.items() if (code := flag_code(points))}
         for icon in render.iconify(folder):
             if icon.name in codes:
                 yield from pair(codes[icon.name], icon.markup, f"flags {package.split('@')[0]}")
@@ -347,12 +336,9 @@ def stamp_pairs(cache: Cache) -> Iterator[Pair]:
         image = render.svg_file(path) if path.suffix == ".svg" else _photo(path, False)
         if image is None or not name:
             continue
-        folder = path.relative_to(root).parts[0]
-        pair = Pair(
-            image, "stamps", DRAWING, captions(name, "a picture", None, STAMP_FOLDERS.get(folder))
-        )
-        yield pair
-        yield from silhouettes(pair, name)
+        category = STAMP_FOLDERS.get(path.relative_to(root).parts[0])
+        texts = captions(name, "a picture", category=category)
+        yield from with_silhouettes(Pair(image, "stamps", DRAWING, texts), name)
 
 
 CARD_FOLDERS = {
@@ -371,9 +357,8 @@ def card_pairs(cache: Cache) -> Iterator[Pair]:
             image = _photo(path, True)
             if image is None:
                 continue
-            pair = Pair(image, "cards", DRAWING, captions(name, "a picture", None, category))
-            yield pair
-            yield from silhouettes(pair, name)
+            texts = captions(name, "a picture", category=category)
+            yield from with_silhouettes(Pair(image, "cards", DRAWING, texts), name)
 
 
 # Lossy compression alone moves a stored picture by 3 or so, at most by 7.
@@ -421,10 +406,10 @@ def without_pack(pairs: list[Pair], pack: Path) -> list[Pair]:
 def collect(cache: Cache) -> list[Pair]:
     makers = (glyphs, flag_pairs, stamp_pairs, card_pairs, symbola_pairs, emoji_pairs, icon_pairs)
     pairs: list[Pair] = []
-    for make in map(partial, makers):
+    for make in makers:
         before = len(pairs)
         pairs += make(cache)
-        print(f"{make.func.__name__:14} {len(pairs) - before:6} pictures", flush=True)
+        print(f"{make.__name__:14} {len(pairs) - before:6} pictures", flush=True)
     return pairs
 
 
