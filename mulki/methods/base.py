@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from mulki.choices.options import check_options, option
 from mulki.clip.features import Features
 from mulki.functional import prototype_cross_entropy
+from mulki.stages.connecting import Connections
 
 ZERO_SHOT = "zero_shot"
 PREVIOUS = "previous"
@@ -170,13 +171,15 @@ class Method(nn.Module):
     class Options:
         """Hyper-parameters; none here."""
 
-    needs: Needs
+    # Of the class where it is the same for all options, else of each method.
+    needs: Needs = Needs()
 
     def __init__(self, options: Options):
         super().__init__()
         check_options(options)
         self.options = options
-        self.needs = Needs()
+        # Made by `start_task` of a method that connects models, for one task.
+        self._connections: Connections | None = None
 
     @property
     def averages(self) -> bool:
@@ -247,7 +250,7 @@ class Method(nn.Module):
 
     def penalties(self) -> dict[str, Tensor]:
         """Scalar terms on the parameters, named ``..._loss``."""
-        return {}
+        return {} if self._connections is None else self._connections.penalties()
 
     def watched(self) -> dict[str, Tensor]:
         """What a display shows of the last step beside its losses; read at logged steps alone.
@@ -271,6 +274,8 @@ class Method(nn.Module):
 
         Also after one whose update the guard against spikes has left out.
         """
+        if self._connections is not None:
+            self._connections.after_step(step)
 
     def keep_fisher(self, fisher: Mapping[str, Tensor]) -> None:
         """Called after the last step, before `end_task`, if `Needs.fisher`.
@@ -290,6 +295,9 @@ class Method(nn.Module):
 
     def end_task(self) -> None:
         """Called after the last step; may change the weights in place before evaluation."""
+        if self._connections is not None:
+            self._connections.end_task()
+            self._connections = None  # its copies are as large as the model
 
 
 class ClassLoss(Method):

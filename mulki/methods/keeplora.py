@@ -50,6 +50,7 @@ class KeepLoRA(ClassLoss):
         "adapters that leave out what the model and earlier tasks depend on; wants --lora-rank"
     )
     options: Options
+    needs = Needs(directions=True)
 
     @dataclass(frozen=True)
     class Options(ClassLoss.Options):
@@ -72,7 +73,6 @@ class KeepLoRA(ClassLoss):
 
     def __init__(self, options: Options):
         super().__init__(options)
-        self.needs = Needs(directions=True)
         # [in, k] by the name of the weight: T, and [P, T] of the present task.
         self._of_tasks: dict[str, Tensor] = {}
         self._held: dict[str, Tensor] = {}

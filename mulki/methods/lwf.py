@@ -26,6 +26,7 @@ class LwF(ClassLoss):
     name = "lwf"
     summary = "Learning without Forgetting: distillation from the previous model"
     options: Options
+    needs = Needs(teachers=(PREVIOUS,))
 
     @dataclass(frozen=True)
     class Options(ClassLoss.Options):
@@ -33,10 +34,6 @@ class LwF(ClassLoss):
         temperature: float = option(
             2.0, "softmax temperature of the distillation term", above=0, alias="--T"
         )
-
-    def __init__(self, options: Options):
-        super().__init__(options)
-        self.needs = Needs(teachers=(PREVIOUS,))
 
     def losses(
         self, student: Features, teachers: tuple[Features, ...], target: Tensor

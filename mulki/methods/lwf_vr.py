@@ -34,6 +34,7 @@ class LwFVR(ClassLoss):
     name = "lwf_vr"
     summary = "LwF over a vocabulary: distillation of images against words"
     options: Options
+    needs = Needs(teachers=(PREVIOUS,), anchors=(VOCABULARY,), student_anchors=True)
 
     @dataclass(frozen=True)
     class Options(ClassLoss.Options):
@@ -41,10 +42,6 @@ class LwFVR(ClassLoss):
         temperature: float = option(
             1.0, "softmax temperature of the distillation term", above=0, alias="--T"
         )
-
-    def __init__(self, options: Options):
-        super().__init__(options)
-        self.needs = Needs(teachers=(PREVIOUS,), anchors=(VOCABULARY,), student_anchors=True)
 
     def losses(
         self, student: Features, teachers: tuple[Features, ...], target: Tensor

@@ -247,9 +247,8 @@ class MulKI(Method):
         self._forget_task()
 
     def _forget_task(self) -> None:
-        # Copies of the weights are as large as the model, so they go with their task.
         self._prototypes: Prototypes | None = None
-        self._connections: Connections | None = None
+        self._connections = None
         self._first: Tensor | None = None
         self._weights: Tensor | None = None
 
@@ -302,14 +301,6 @@ class MulKI(Method):
             found["prototype_drift"] = 1 - F.cosine_similarity(moved, self._first.to(moved))
         return found
 
-    def penalties(self) -> dict[str, Tensor]:
-        return {} if self._connections is None else self._connections.penalties()
-
-    def after_step(self, step: int) -> None:
-        if self._connections is not None:
-            self._connections.after_step(step)
-
     def end_task(self) -> None:
-        if self._connections is not None:
-            self._connections.end_task()
+        super().end_task()
         self._forget_task()

@@ -36,6 +36,11 @@ class SnD(ClassLoss):
     name = "snd"
     summary = "Select-and-Distill: features of reference images kept near two teachers"
     options: Options
+    needs = Needs(
+        teachers=(ZERO_SHOT, PREVIOUS), teacher_images=False, reference=True, captions=False
+    )
+    # Of the last batch.
+    _weight: Tensor | None = None
 
     @dataclass(frozen=True)
     class Options(ClassLoss.Options):
@@ -45,13 +50,6 @@ class SnD(ClassLoss):
         zero_shot_weight: float = option(
             0.5, "coefficient of the distance from the original model", low=0
         )
-
-    def __init__(self, options: Options):
-        super().__init__(options)
-        self.needs = Needs(
-            teachers=(ZERO_SHOT, PREVIOUS), teacher_images=False, reference=True, captions=False
-        )
-        self._weight: Tensor | None = None
 
     def losses(
         self, student: Features, teachers: tuple[Features, ...], target: Tensor

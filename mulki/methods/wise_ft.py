@@ -52,7 +52,6 @@ class WiseFT(Finetune):
     def __init__(self, options: Options):
         super().__init__(options)
         self._original: dict[str, Tensor] | None = None
-        self._connections: Connections | None = None
 
     def get_extra_state(self) -> dict[str, Any]:
         """The original weights, for a run that is saved and goes on."""
@@ -83,8 +82,3 @@ class WiseFT(Finetune):
                 self._original[name] = torch.empty_like(task.weights[name])
                 set_whole(self._original[name], value)
         self._connections = Connections(task.weights, alpha=self.options.alpha, base=self._original)
-
-    def end_task(self) -> None:
-        assert self._connections is not None
-        self._connections.end_task()
-        self._connections = None

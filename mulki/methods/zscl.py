@@ -73,7 +73,6 @@ class ZSCL(ClassLoss):
             reference=True,
             student_captions=False,
         )
-        self._connections: Connections | None = None
 
     @property
     def averages(self) -> bool:
@@ -95,15 +94,3 @@ class ZSCL(ClassLoss):
             "image_loss": o.image_loss * teacher_kl(ours, [theirs], temperature=o.temperature),
             "text_loss": o.text_loss * teacher_kl(ours.T, [theirs.T], temperature=o.temperature),
         }
-
-    def penalties(self) -> dict[str, Tensor]:
-        return {} if self._connections is None else self._connections.penalties()
-
-    def after_step(self, step: int) -> None:
-        assert self._connections is not None
-        self._connections.after_step(step)
-
-    def end_task(self) -> None:
-        assert self._connections is not None
-        self._connections.end_task()
-        self._connections = None

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal, get_args, overload
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -145,10 +145,7 @@ class MulKILoss(nn.Module):
                 f'gate: got "{gate}", which looks at the target, with hold_on="{hold_on}"; a made '
                 'image has none: use "uniform", "confidence" or "discrepancy", or hold_on="task"'
             )
-        of_images = [self.relations[name] for name in adding.IMAGE_ROWS]
-        held = any((*of_images, self.anchors["image_anchor"], *self.feature))
         self.hold_on: HoldOn = hold_on
-        self._held = held
         self.temperature = temperature
         self.label_smoothing = label_smoothing
         self.scale_by_t2 = scale_by_t2
@@ -174,7 +171,9 @@ class MulKILoss(nn.Module):
     @property
     def needs_reference(self) -> bool:
         """Whether any term looks at images of a reference set."""
-        return self.hold_on != "task" and self._held
+        of_images = [self.relations[name] for name in adding.IMAGE_ROWS]
+        held = any((*of_images, self.anchors["image_anchor"], *self.feature))
+        return self.hold_on != "task" and held
 
     @property
     def needs_teacher_images(self) -> bool:
@@ -197,26 +196,6 @@ class MulKILoss(nn.Module):
         """Whether any term looks at prototypes."""
         relations = any(self.relations[name] for name in adding.NEED_PROTOTYPES)
         return bool(self.alignment or self.prototype or relations)
-
-    @overload
-    def forward(
-        self,
-        student: Features,
-        teachers: Sequence[Features],
-        target: Tensor,
-        *,
-        output_dict: Literal[False] = ...,
-    ) -> Tensor: ...
-
-    @overload
-    def forward(
-        self,
-        student: Features,
-        teachers: Sequence[Features],
-        target: Tensor,
-        *,
-        output_dict: Literal[True],
-    ) -> dict[str, Tensor]: ...
 
     def forward(
         self,
@@ -329,7 +308,8 @@ class MulKILoss(nn.Module):
         if self.hold_on == "made":
             shape = student.texts.shape[0], len(teachers)
             per_class = student.texts.new_full(shape, 1 / len(teachers))
-        terms |= self._text_terms(student, teachers, per_class)
+        of_texts = "text_image", "text_text", "text_anchor"
+        terms |= self._weighted_terms(of_texts, student, teachers, per_class)
         order = [f"{name}_loss" for name in (*self.relations, *self.anchors, "feature")]
         in_order = {name: terms[name] for name in order if name in terms}
         return in_order, torch.cat(all_weights) if all_weights else None
@@ -346,54 +326,44 @@ class MulKILoss(nn.Module):
             terms["image_text_loss"] = self.relations["image_text"] * loss
         else:
             weights = distinguishing.sample_weights(*batch, self.weighting, self.temperature)
-        if self.relations["image_image"]:
-            # A coefficient in the weights spares the gradients a multiplication.
-            rows = self.relations["image_image"] * weights
-            terms["image_image_loss"] = adding.relation_loss(
-                adding.image_image, student, teachers, rows, *softmax
-            )
-        if self.anchors["image_anchor"] and anchors.present(teachers):
-            terms["image_anchor_loss"] = self._anchor_loss(
-                student, teachers, weights, "image_anchor"
-            )
+        of_images = "image_image", "image_anchor"
+        terms |= self._weighted_terms(of_images, student, teachers, weights)
         if any(self.feature):
             terms["feature_loss"] = self._feature_loss(student, teachers, weights)
         return terms, weights
 
-    def _text_terms(
-        self, student: Features, teachers: Sequence[Features], per_class: Tensor
+    def _weighted_terms(
+        self,
+        names: Sequence[str],
+        student: Features,
+        teachers: Sequence[Features],
+        weights: Tensor,
     ) -> dict[str, Tensor]:
-        # The terms with a row per class.
+        # Those of these relations that are switched on, under weights for each of their rows. A
+        # coefficient in the weights spares the gradients a multiplication.
         terms = {}
-        for name in ("text_image", "text_text"):
-            if self.relations[name]:
+        for name in names:
+            if self.relations.get(name):
                 terms[f"{name}_loss"] = adding.relation_loss(
                     adding.RELATIONS[name],
                     student,
                     teachers,
-                    self.relations[name] * per_class,
+                    self.relations[name] * weights,
                     self.temperature,
                     self.scale_by_t2,
                 )
-        if self.anchors["text_anchor"] and anchors.present(teachers):
-            terms["text_anchor_loss"] = self._anchor_loss(
-                student, teachers, per_class, "text_anchor"
-            )
+            elif self.anchors.get(name) and anchors.present(teachers):
+                terms[f"{name}_loss"] = anchors.text_anchor_kl(
+                    student,
+                    teachers,
+                    self.anchors[name] * weights,
+                    rows=anchors.ROWS[name],
+                    anchor_texts=self.anchor_texts,
+                    anchor_weights=self.anchor_weights,
+                    temperature=self.temperature,
+                    scale_by_t2=self.scale_by_t2,
+                )
         return terms
-
-    def _anchor_loss(
-        self, student: Features, teachers: Sequence[Features], weights: Tensor, name: str
-    ) -> Tensor:
-        return anchors.text_anchor_kl(
-            student,
-            teachers,
-            self.anchors[name] * weights,
-            rows=anchors.ROWS[name],
-            anchor_texts=self.anchor_texts,
-            anchor_weights=self.anchor_weights,
-            temperature=self.temperature,
-            scale_by_t2=self.scale_by_t2,
-        )
 
     def _feature_loss(
         self, student: Features, teachers: Sequence[Features], weights: Tensor

@@ -23,16 +23,16 @@ models do with ``output_dict=True``.
 from __future__ import annotations
 
 import contextlib
-import random
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
+
+from mulki.train.randomness import random_state, set_random_state
 
 Loss = Callable[..., "Tensor | Mapping[str, Tensor]"]
 
@@ -219,7 +219,7 @@ class _Pass:
         self._chunks: list[tuple[Tensor, ...]] = [tower.inputs]
         if self.cached and micro_batch is not None:
             self._chunks = list(zip(*[x.split(micro_batch) for x in tower.inputs], strict=True))
-        self._states: list[_Randomness] = []
+        self._states: list[tuple[list[Any], list[torch.device]]] = []
         self._leaves: list[Tensor] = []
 
     def first(self) -> Any:
@@ -228,7 +228,8 @@ class _Pass:
         outputs = []
         with torch.no_grad():
             for chunk in self._chunks:
-                self._states.append(_Randomness.now(chunk))
+                devices = [*({x.device for x in chunk} | _accelerator())]
+                self._states.append((random_state(*devices), devices))
                 flat, form = pytree.tree_flatten(self.tower.function(*chunk))
                 outputs.append(flat)
         if len({len(flat) for flat in outputs}) > 1:
@@ -281,7 +282,7 @@ class _Pass:
         # Returns whether gradients flow into outputs per sample, and into other outputs.
         chunk, final = self._chunks[place], place == len(self._chunks) - 1
         start = sum(len(c[0]) for c in self._chunks[:place])
-        with _synchronised([self.tower], last=final), self._states[place].repeated():
+        with _synchronised([self.tower], last=final), _repeated(*self._states[place]):
             flat = pytree.tree_leaves(self.tower.function(*chunk))
             floats = [v for v in flat if isinstance(v, Tensor) and v.is_floating_point()]
             outputs, gradients = [], []
@@ -302,36 +303,15 @@ def _same(one: Tensor, other: Tensor) -> bool:
     return torch.equal(torch.nan_to_num(one), torch.nan_to_num(other))
 
 
-@dataclass(frozen=True)
-class _Randomness:
-    """States of the generators of torch, NumPy and Python."""
-
-    cpu: Tensor
-    devices: Mapping[torch.device, Tensor]
-    numpy: Any = field(repr=False)
-    python: Any = field(repr=False)
-
-    @classmethod
-    def now(cls, tensors: Sequence[Tensor]) -> _Randomness:
-        used = {t.device for t in tensors if t.device.type != "cpu"} | _accelerator()
-        devices = {d: _generator_state(d) for d in used}
-        return cls(torch.get_rng_state(), devices, np.random.get_state(), random.getstate())
-
-    def _restore(self) -> None:
-        torch.set_rng_state(self.cpu)
-        for device, state in self.devices.items():
-            _generator_state(device, state)
-        np.random.set_state(self.numpy)
-        random.setstate(self.python)
-
-    @contextlib.contextmanager
-    def repeated(self) -> Iterator[None]:
-        after = self.now([torch.empty(0, device=device) for device in self.devices])
-        self._restore()
-        try:
-            yield
-        finally:
-            after._restore()
+@contextlib.contextmanager
+def _repeated(state: Sequence[Any], devices: Sequence[torch.device]) -> Iterator[None]:
+    # Draws in the block what was drawn after `state` was taken.
+    after = random_state(*devices)
+    set_random_state(state, *devices)
+    try:
+        yield
+    finally:
+        set_random_state(after, *devices)
 
 
 def _accelerator() -> set[torch.device]:
@@ -340,16 +320,6 @@ def _accelerator() -> set[torch.device]:
     if kind is None or not getattr(torch.get_device_module(kind), "is_initialized", lambda: True)():
         return set()
     return {torch.device(kind.type, torch.accelerator.current_device_index())}
-
-
-def _generator_state(device: torch.device, new: Tensor | None = None) -> Tensor:
-    # Reads the state, or sets it to `new`. The functions for Metal take no device.
-    module, one = torch.get_device_module(device), device.type == "mps"
-    if new is None:
-        state: Tensor = module.get_rng_state() if one else module.get_rng_state(device)
-        return state
-    module.set_rng_state(*([new] if one else [new, device]))
-    return new
 
 
 def _replicas(towers: Sequence[Encoder]) -> list[nn.parallel.DistributedDataParallel]:

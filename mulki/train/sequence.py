@@ -45,15 +45,7 @@ from mulki.train.saving.checkpoints import (
     save_weights,
     statistics_of,
 )
-from mulki.train.saving.recovery import (
-    TOO_FAST,
-    Saves,
-    check_finite,
-    finish_again,
-    is_complete,
-    restore,
-    run_state,
-)
+from mulki.train.saving.recovery import TOO_FAST, Saves, check_finite, finish_again, is_complete
 from mulki.train.saving.signals import Signals
 from mulki.train.start.continuation import Continuation, set_weights
 from mulki.train.start.setup import Setup, prepared
@@ -177,18 +169,15 @@ class _Sequence:
         method, tasks = setup.method, setup.tasks
         self._log_start()
         learner = TaskLearner(setup)
-        frozen, text_inputs = learner.frozen, learner.text_inputs
-        self.rows = Rows(setup, self.progress, frozen)
+        self.rows = Rows(setup, self.progress, learner.frozen)
         planned = self.rows.planned
-        self.saves.of_run(
-            lambda in_task: run_state(setup, frozen, text_inputs, self._done(), in_task)
-        )
+        self.saves.of_run(lambda in_task: self._done() | learner.state(in_task))
         in_task = None
         if setup.saved is not None:
             self.learned, self.steps = setup.saved["learned"], setup.saved["steps"]
             self.statistics = ClassStatistics.of_state(setup.saved["statistics"]["kept"])
             self.sample = setup.saved["statistics"]["sample"]
-            in_task = restore(setup.saved, setup, frozen, text_inputs)
+            in_task = learner.restore(setup.saved)
             done = self.steps + (in_task["steps"] if in_task else 0)
             self._skip(done)
             steps = counted(done, "step")

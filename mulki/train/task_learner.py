@@ -6,11 +6,14 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from torch import Tensor
+
 from mulki.clip.models import VisionLanguageModel
 from mulki.clip.models.adapters import Level
 from mulki.clip.texts import TextInputs
 from mulki.data import Task
 from mulki.data.replay import ReplayImages, kept_places
+from mulki.distributed.parts import set_whole
 from mulki.methods import PREVIOUS, ZERO_SHOT, Needs
 from mulki.train import sharding
 from mulki.train.config.run_config import RunConfig
@@ -18,7 +21,8 @@ from mulki.train.config.tasks import needs_of, teachers_of
 from mulki.train.learning.anchor_texts import Anchors, anchor_texts
 from mulki.train.learning.inputs import Listeners, TaskInputs
 from mulki.train.learning.learn import learn_task
-from mulki.train.saving.recovery import Saves
+from mulki.train.randomness import random_state, set_random_state
+from mulki.train.saving.recovery import STUDENT, Saves, State, restore_method
 from mulki.train.start.setup import Setup
 
 # Anchors of a step where encoding them costs about as much as encoding the images does: through a
@@ -35,12 +39,11 @@ class TaskLearner:
 
     Attributes:
         frozen: the models behind the method's needs, by the names in `mulki.methods`.
-        text_inputs: of texts beyond the classes of a task.
     """
 
     def __init__(self, setup: Setup):
         self._setup = setup
-        self.text_inputs = TextInputs(setup.model, setup.world)
+        self._text_inputs = TextInputs(setup.model, setup.world)
         self.frozen = _frozen_models(setup)
         for each in {id(m.clip): m for m in (setup.model, *self.frozen.values())}.values():
             if setup.config.fsdp:
@@ -78,6 +81,60 @@ class TaskLearner:
         training = setup if config is None else replace(setup, config=config)
         return learn_task(training, inputs, listeners, saves, saved)
 
+    def state(self, in_task: State | None) -> State:
+        """What a save holds, but for what was learned. All processes have to call this.
+
+        Args:
+            in_task: the state within the task that comes next, None between two tasks.
+        """
+        setup, model, previous = self._setup, self._setup.model, self.frozen.get(PREVIOUS)
+        if in_task is not None:
+            weights = None
+            if previous is not None and model.adapters is None:
+                weights = self._weights(previous)
+            in_task = in_task | {"previous": weights}
+        return {
+            "processes": setup.world.size,
+            STUDENT: self._weights(model) if model.adapters is None else model.adapters.state(),
+            "method": setup.method.state_dict(),
+            "texts": self._text_inputs.state(),
+            "scaler": setup.precision.scaler.state_dict(),
+            "random": setup.world.each(random_state(model.device)),
+            "in_task": in_task,
+        }
+
+    def restore(self, saved: State) -> State | None:
+        """Set what `state` returned, into a run that is at its start.
+
+        Returns:
+            The state within a task, with that of the random generators; None between two tasks.
+        """
+        setup, model = self._setup, self._setup.model
+        if model.adapters is None:
+            self._set_weights(model, saved[STUDENT])
+        else:
+            model.adapters.restore(saved[STUDENT])
+        restore_method(setup.method, saved["method"])
+        self._text_inputs.restore(saved["texts"])
+        setup.precision.scaler.load_state_dict(saved["scaler"])
+        random = saved["random"][setup.world.rank]
+        set_random_state(random, model.device)
+        in_task: State | None = saved["in_task"]
+        if in_task is None:
+            return None
+        if in_task["previous"] is not None:
+            self._set_weights(self.frozen[PREVIOUS], in_task["previous"])
+        return in_task | {"random": random}
+
+    def _weights(self, model: VisionLanguageModel) -> dict[str, Tensor]:
+        # Those that train in the student; the others are the start model's.
+        found = model.clip.state_dict()
+        return {name: found[name] for name in self._setup.model.trainable()}
+
+    def _set_weights(self, model: VisionLanguageModel, weights: Mapping[str, Tensor]) -> None:
+        for name, value in self._weights(model).items():
+            set_whole(value, weights[name])
+
     def _start(self, index: int, first: bool) -> None:
         # The previous model is the student as it is now.
         adapters, config = self._setup.model.adapters, self._setup.config
@@ -101,7 +158,7 @@ class TaskLearner:
             return None
         texts = anchor_texts(needs.anchors, setup.tasks, index, setup.vocabulary)
         seed = setup.config.seed + index
-        return Anchors(texts, self.text_inputs, anchors_per_step(setup, needs), seed)
+        return Anchors(texts, self._text_inputs, anchors_per_step(setup, needs), seed)
 
 
 def anchors_per_step(setup: Setup, needs: Needs) -> int | None:

@@ -14,7 +14,7 @@ from torch import nn
 from mulki.train import card
 from mulki.train.card import Peak, Way, most, ways
 from mulki.train.config.run_config import resolve
-from mulki.train.learning.batches import Batch, PairBatch
+from mulki.train.learning.batches import Batch
 from mulki.train.learning.class_step import ClassStep
 from mulki.train.learning.inputs import Listeners
 from mulki.train.start.setup import prepared
@@ -240,10 +240,10 @@ def test_a_real_step_has_what_is_counted(
     real = ClassStep.gradients
     peaks: list[int] = []
 
-    def gradients(step: ClassStep, batch: Batch, reference: PairBatch | None = None) -> Any:
-        images = [x.images for x in (batch, batch.replay, reference) if x is not None]
+    def gradients(step: ClassStep, batch: Batch) -> Any:
+        images = [x.images for x in (batch, batch.replay, batch.reference) if x is not None]
         with card._Counted([*card._tensors(step._model), *images]) as seen:
-            found = real(step, batch, reference)
+            found = real(step, batch)
         peaks.append(seen.peak)
         return found
 

@@ -32,9 +32,9 @@ from mulki.data.transforms import TOGETHER
 from mulki.errors import InputError, nearest
 from mulki.files import MAX_MEMBER_MB, check_regular
 from mulki.methods import Method
-from mulki.train.config import precision, presets, schedule
+from mulki.train.config import precision, presets
 from mulki.train.config.imports import import_modules
-from mulki.train.config.rates import learning_rates
+from mulki.train.config.rates import Schedule, learning_rates
 
 AUTO = "auto"
 # As --reference: the training images of the current task, or images made of them.
@@ -209,7 +209,7 @@ class RunConfig:
     warmup: int | None = option(
         None, "steps of linear warm-up per task; a tenth of its steps if left out", low=0
     )
-    lr_scheduler: schedule.Name = option("cosine", "learning rate after warm-up")
+    lr_scheduler: Schedule = option("cosine", "learning rate after warm-up")
     grad_clip_norm: float | None = option(None, "largest gradient norm", above=0)
     spike_guard: float | None = option(
         None, "leave out a step whose loss is more than so many times its running mean", above=1

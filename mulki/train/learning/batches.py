@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -32,12 +31,14 @@ class Batch:
         target: [B] int64 classes of the whole batch, on the device.
         places: [B] int64 places of the whole batch in its set, on the CPU.
         replay: images of earlier tasks that come with it, if there are any.
+        reference: those of the reference set that come with it, if there is one.
     """
 
     images: Tensor
     target: Tensor
     places: Tensor
     replay: Batch | None = None
+    reference: PairBatch | None = None
 
 
 @dataclass(frozen=True)
@@ -60,10 +61,8 @@ class PairBatch:
 
 def task_batches(
     training: Training, inputs: TaskInputs, start: int = 0
-) -> Iterator[tuple[Batch | PairBatch, PairBatch | None]]:
-    """Endless shuffled batches of a task, each with one of the reference set if there is one.
-
-    Those of a task of captions are pairs.
+) -> Iterator[Batch | PairBatch]:
+    """Endless shuffled batches of a task; those of a task of captions are pairs.
 
     Args:
         start: batches to leave out, as if they had been taken.
@@ -75,16 +74,16 @@ def task_batches(
     balanced = config.sampling == "balanced" and bool(task.classes)
     shuffled = _batches(training, task.train, size, seed, start, balanced)
     if isinstance(task, CaptionTask):
-        pairs = (_pairs(batch, task.train, world) for batch in shuffled)
-        return zip(pairs, itertools.repeat(None), strict=False)
+        return (_pairs(batch, task.train, world) for batch in shuffled)
     if replay is not None:
         shown = _batches(training, replay, replay.batch_size or size, seed + _REPLAY_SEEDS, start)
         shuffled = map(lambda new, old: replace(new, replay=old), shuffled, shown)
-    if reference is None:
-        return zip(shuffled, itertools.repeat(None), strict=False)
-    size = config.reference_batch_size or size
-    others = _batches(training, reference.images, size, seed + _REFERENCE_SEEDS, start)
-    return zip(shuffled, (_with_captions(b, reference, world) for b in others), strict=False)
+    if reference is not None:
+        size = config.reference_batch_size or size
+        others = _batches(training, reference.images, size, seed + _REFERENCE_SEEDS, start)
+        pairs = (_with_captions(batch, reference, world) for batch in others)
+        shuffled = map(lambda new, pair: replace(new, reference=pair), shuffled, pairs)
+    return shuffled
 
 
 def kept_samples(

@@ -27,21 +27,21 @@ from mulki.train.microbatch import Encoder, backward
 
 _log = logging.getLogger(__name__)
 
+Listen = Callable[[memory.MicroBatch], None] | None
+
 
 class Step(ABC):
     """Trains a model batch by batch on one task; a subclass for each kind of batch.
 
     Args:
         training: the student and how it is trained.
+        inputs: the task, with its anchors if the method needs any.
         teachers: of the task.
         listen: as `Listeners.micro_batch`.
     """
 
     def __init__(
-        self,
-        training: Training,
-        teachers: TaskTeachers,
-        listen: Callable[[memory.MicroBatch], None] | None,
+        self, training: Training, inputs: TaskInputs, teachers: TaskTeachers, listen: Listen
     ):
         self._model = training.model
         self._method = training.method
@@ -55,12 +55,11 @@ class Step(ABC):
         self._micro_batch: int | None = None
 
     @abstractmethod
-    def gradients(self, batch: Any, reference: PairBatch | None = None) -> dict[str, float]:
+    def gradients(self, batch: Any) -> dict[str, float]:
         """Set the gradients of one batch, averaged over all processes.
 
         Args:
             batch: from `mulki.train.learning.batches.task_batches`.
-            reference: the reference batch of this step, if the method needs one.
 
         Returns:
             The terms of the loss.
@@ -179,29 +178,20 @@ class Step(ABC):
 
 
 class ClassStep(Step):
-    """Steps on a task with classes.
-
-    Args:
-        training, teachers, listen: as of `Step`.
-        inputs: the task, with its anchors if the method needs any.
-    """
+    """Steps on a task with classes; arguments as of `Step`."""
 
     def __init__(
-        self,
-        training: Training,
-        teachers: TaskTeachers,
-        listen: Callable[[memory.MicroBatch], None] | None,
-        inputs: TaskInputs,
+        self, training: Training, inputs: TaskInputs, teachers: TaskTeachers, listen: Listen
     ):
-        super().__init__(training, teachers, listen)
+        super().__init__(training, inputs, teachers, listen)
         self._class_texts = text_inputs(self._model, inputs.prompts, self._world)
         self._anchors = inputs.anchors
         earlier = [] if inputs.replay is None else inputs.replay.texts
         self._replay_texts = text_inputs(self._model, earlier, self._world) if earlier else None
 
-    def gradients(self, batch: Batch, reference: PairBatch | None = None) -> dict[str, float]:
+    def gradients(self, batch: Batch) -> dict[str, float]:
         captions = None
-        needs = self._method.needs
+        needs, reference = self._method.needs, batch.reference
         if reference is not None and needs.captions and needs.student_captions:
             captions = self._model.text_inputs(reference.captions)
         anchors = self._anchors.draw() if self._anchors is not None else None
@@ -211,30 +201,25 @@ class ClassStep(Step):
         if self._replay_texts is not None:
             texts = torch.cat([texts, self._replay_texts])
         if self._micro_batch is None:
-            self._micro_batch = self._fitting(batch, texts, reference, captions)
+            self._micro_batch = self._fitting(batch, texts, captions)
         if self._micro_batch == len(batch.images):
             images = batch.images.to(self._model.device, non_blocking=True)
             batch = replace(batch, images=images)
         # Otherwise the images stay on the host and each micro-batch is moved when it is encoded, so
         # that the device memory of a step does not grow with its batch.
-        teachers = self._teachers.features(batch, self._micro_batch, reference, anchors)
-        return self._backward(batch, texts, reference, captions, anchors, teachers)
+        teachers = self._teachers.features(batch, self._micro_batch, anchors)
+        return self._backward(batch, texts, captions, anchors, teachers)
 
-    def _fitting(
-        self,
-        batch: Batch,
-        texts: Tensor,
-        reference: PairBatch | None,
-        captions: Tensor | None,
-    ) -> int:
+    def _fitting(self, batch: Batch, texts: Tensor, captions: Tensor | None) -> int:
         def encode(part: Tensor) -> Tensor:
             # Of a batch that fits as a whole, a step holds the graphs of all kinds of images.
             n = len(part)
             features = [self._encode_images(part)]
             if batch.replay is not None:
                 features.append(self._encode_images(batch.replay.images[:n]))
-            if reference is not None:
-                features += self._encode_pairs(*(x[:n] for x in _pairs(reference, captions)))
+            if batch.reference is not None:
+                pairs = _pairs(batch.reference, captions)
+                features += self._encode_pairs(*(x[:n] for x in pairs))
             return torch.cat(features)
 
         return self._chosen_micro_batch(batch.images, encode, self._world.part(texts))
@@ -243,7 +228,6 @@ class ClassStep(Step):
         self,
         batch: Batch,
         texts: Tensor,
-        reference: PairBatch | None,
         captions: Tensor | None,
         anchors: AnchorBatch | None,
         teachers: tuple[Features, ...],
@@ -261,10 +245,10 @@ class ClassStep(Step):
             Encoder(self._encode_images, (batch.images,)),
             Encoder(self._encode_texts, (world.part(texts),), split=False),
         ]
+        reference, replay = batch.reference, batch.replay
         if reference is not None:
             pairs = _pairs(reference, captions)
             encoders.append(Encoder(self._encode_pairs, pairs, micro_batch=size_of(pairs[0])))
-        replay = batch.replay
         if replay is not None:
             given = replay.images
             encoders.append(Encoder(self._encode_images, (given,), micro_batch=size_of(given)))

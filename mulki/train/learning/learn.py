@@ -18,8 +18,7 @@ from mulki.data.caption_task import CaptionTask
 from mulki.errors import InputError
 from mulki.methods import TaskStart
 from mulki.methods.base import AdaptedWeight
-from mulki.train.config import schedule
-from mulki.train.config.rates import learning_rates
+from mulki.train.config.rates import factor, learning_rates
 from mulki.train.config.run_config import RunConfig
 from mulki.train.config.tasks import needs_of
 from mulki.train.learning.batches import Batch, PairBatch, task_batches
@@ -27,12 +26,11 @@ from mulki.train.learning.class_step import ClassStep, Step
 from mulki.train.learning.directions import input_moments, mean_gradients
 from mulki.train.learning.fisher import fisher_diagonal
 from mulki.train.learning.inputs import Listeners, StepReport, TaskInputs, Training
-from mulki.train.learning.memory import MicroBatch
 from mulki.train.learning.pair_step import PairStep
 from mulki.train.learning.spikes import SpikeGuard
 from mulki.train.learning.task_teachers import TaskTeachers
 from mulki.train.learning.validation import Validation, validates
-from mulki.train.saving.randomness import random_state, set_random_state
+from mulki.train.randomness import random_state, set_random_state
 from mulki.train.saving.recovery import Saves, restore_method
 
 _log = logging.getLogger(__name__)
@@ -121,7 +119,8 @@ class _Learning:
         self.guard = SpikeGuard(config.spike_guard)
         self.teachers = TaskTeachers.prepare(training, inputs, self.last, listeners.encoded)
         self._start_method(inputs, saved)
-        self.step = _step_on(training, inputs, self.teachers, listeners.micro_batch)
+        kind = PairStep if isinstance(task, CaptionTask) else ClassStep
+        self.step: Step = kind(training, inputs, self.teachers, listeners.micro_batch)
         if saved is not None:
             self._restore(saved)
         self.device = training.model.device
@@ -178,11 +177,11 @@ class _Learning:
             saves: where the state goes if a loss is not finite.
         """
         number, config = self.steps + 1, self.training.config
-        batch, reference = next(self.batches)
+        batch = next(self.batches)
         loaded = time.perf_counter()
         before = self._drawn()
         with whole_step(number):
-            losses = self.step.gradients(batch, reference)
+            losses = self.step.gradients(batch)
             derived = time.perf_counter()
             if not all(map(math.isfinite, losses.values())):
                 # The weights are still those of the step before. All processes have the losses of
@@ -191,9 +190,7 @@ class _Learning:
                 with contextlib.suppress(OSError, InputError):
                     saves.save(self.state())
                 raise self._not_finite(losses, batch, number)
-            lr = self.lr * schedule.factor(
-                config.lr_scheduler, number - 1, self.last, config.warmup
-            )
+            lr = self.lr * factor(config.lr_scheduler, number - 1, self.last, config.warmup)
             self._update(number, losses, lr)
             updated = time.perf_counter()
             if self.validation is not None:
@@ -267,14 +264,3 @@ def _adapted(model: VisionLanguageModel) -> dict[str, AdaptedWeight]:
     assert model.adapters is not None
     found = model.adapters.weights()
     return {n: AdaptedWeight(of.frozen.flatten(1), of.a, of.b) for n, of in found.items()}
-
-
-def _step_on(
-    training: Training,
-    inputs: TaskInputs,
-    teachers: TaskTeachers,
-    micro_batch: Callable[[MicroBatch], None] | None,
-) -> Step:
-    if isinstance(inputs.task, CaptionTask):
-        return PairStep(training, teachers, micro_batch, inputs.task.train)
-    return ClassStep(training, teachers, micro_batch, inputs)

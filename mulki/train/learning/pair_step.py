@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -11,32 +11,23 @@ from torch import Tensor
 
 from mulki.clip.features import of_reference
 from mulki.clip.texts import TextInputs
-from mulki.data.caption_task import CaptionedImages
+from mulki.data.caption_task import CaptionTask
 from mulki.train.learning.batches import PairBatch
-from mulki.train.learning.class_step import Step
-from mulki.train.learning.inputs import Training
-from mulki.train.learning.memory import MicroBatch
+from mulki.train.learning.class_step import Listen, Step
+from mulki.train.learning.inputs import TaskInputs, Training
 from mulki.train.learning.task_teachers import TaskTeachers
 from mulki.train.microbatch import Encoder
 
 
 class PairStep(Step):
-    """Steps on a task of captions.
-
-    Args:
-        training, teachers, listen: as of `Step`.
-        pairs: the training images, each with one caption.
-    """
+    """Steps on a task of captions, each image with one; arguments as of `Step`."""
 
     def __init__(
-        self,
-        training: Training,
-        teachers: TaskTeachers,
-        listen: Callable[[MicroBatch], None] | None,
-        pairs: CaptionedImages,
+        self, training: Training, inputs: TaskInputs, teachers: TaskTeachers, listen: Listen
     ):
-        super().__init__(training, teachers, listen)
-        self._pairs = pairs
+        super().__init__(training, inputs, teachers, listen)
+        assert isinstance(inputs.task, CaptionTask)
+        self._pairs = inputs.task.train
         self._texts = TextInputs(self._model, self._world)
 
     def state(self) -> dict[str, Any]:
@@ -46,7 +37,7 @@ class PairStep(Step):
         super().restore(state)
         self._texts.restore(state["texts"])
 
-    def gradients(self, batch: PairBatch, reference: PairBatch | None = None) -> dict[str, float]:
+    def gradients(self, batch: PairBatch) -> dict[str, float]:
         captions = self._inputs(batch)
         if self._micro_batch is None:
 

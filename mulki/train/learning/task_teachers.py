@@ -122,26 +122,21 @@ class TaskTeachers:
 
     @torch.no_grad()
     def features(
-        self,
-        batch: Batch,
-        micro_batch: int,
-        reference: PairBatch | None = None,
-        anchors: AnchorBatch | None = None,
+        self, batch: Batch, micro_batch: int, anchors: AnchorBatch | None = None
     ) -> tuple[Features, ...]:
         """The features of each teacher for a batch, in the order of the teachers.
 
         Args:
             micro_batch: images encoded at a time.
-            reference: encoded as well, if the method needs it.
-            anchors: likewise.
+            anchors: encoded as well, if the method needs any.
         """
         by_teacher = {}
         for teacher, model in dict(self.teachers).items():
             features = teacher.without_images()
             if self.needs.teacher_images:
                 features = self._of_images(teacher, model, batch, micro_batch)
-            if reference is not None:
-                pairs = self._of_reference(teacher, model, reference, micro_batch)
+            if batch.reference is not None:
+                pairs = self._of_reference(teacher, model, batch.reference, micro_batch)
                 features = replace(features, reference=pairs)
             if anchors is not None:
                 anchored = self._of_anchors(teacher, model, anchors)

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,6 @@ from mulki.train.saving.description import CARD, KEY, Description, described
 
 CONFIG_NAME = "open_clip_config.json"
 WEIGHTS_NAME = "open_clip_model.safetensors"
-STATISTICS = "class_statistics.safetensors"
-METHOD = "method.safetensors"
-ADAPTERS = "adapters.safetensors"
 # In the folder of a run.
 LATEST = Path("checkpoints", "latest")
 ARGUMENTS = "args.yaml"
@@ -131,27 +129,18 @@ def _put_weights(
         )
 
 
-def statistics_of(checkpoint: Path) -> Path:
-    """The file of class statistics that belongs to a checkpoint, a folder or a file of weights."""
-    return _beside(checkpoint, STATISTICS)
-
-
-def kept_of(checkpoint: Path) -> Path:
-    """The file of what a method keeps, see `mulki.methods.Method.kept`; as `statistics_of`."""
-    return _beside(checkpoint, METHOD)
-
-
-def adapters_of(checkpoint: Path) -> Path:
-    """The file of the adapters that are merged in a checkpoint; as `statistics_of`."""
-    return _beside(checkpoint, ADAPTERS)
-
-
 def _beside(checkpoint: Path, name: str) -> Path:
-    if checkpoint.is_dir():
-        return (checkpoint / LATEST if run_of(checkpoint) == checkpoint else checkpoint) / name
-    if checkpoint.name == WEIGHTS_NAME:
-        return checkpoint.with_name(name)
-    return checkpoint.with_name(f"{Path(name).stem}_{checkpoint.name}")
+    weights = weights_of(checkpoint)
+    own = weights.name == WEIGHTS_NAME
+    return weights.with_name(name if own else f"{Path(name).stem}_{weights.name}")
+
+
+#: The file of class statistics that belongs to a checkpoint, a folder or a file of weights.
+statistics_of = partial(_beside, name="class_statistics.safetensors")
+#: Likewise that of what a method keeps, see `mulki.methods.Method.kept`.
+kept_of = partial(_beside, name="method.safetensors")
+#: Likewise that of the adapters that are merged in it.
+adapters_of = partial(_beside, name="adapters.safetensors")
 
 
 def run_of(checkpoint: Path) -> Path | None:
@@ -205,7 +194,7 @@ def load_checkpoint(
             model, or what `mulki.clip.models.load` raises.
     """
     if path.is_dir():
-        folder = path / LATEST if run_of(path) == path else path
+        folder = weights_of(path).parent
         if not (folder / CONFIG_NAME).is_file():
             raise InputError(
                 f"{path}: no {CONFIG_NAME} in {folder}; pass a checkpoint, a folder with one, or "

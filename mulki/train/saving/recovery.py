@@ -1,4 +1,4 @@
-"""Saves of a run that is not finished: when they are made, what they hold, and how a run goes on.
+"""Saves of a run that is not finished: when they are made, their files, and how a run goes on.
 
 A save is one dict with everything that the rest of the run depends on and that the run has changed.
 What is made from the configuration alone (tasks, the start model, the order of images) is made
@@ -14,7 +14,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,14 +22,12 @@ from torch.distributed.tensor import DTensor
 
 from mulki import methods
 from mulki.choices.options import flag, option_name
-from mulki.clip.models import VisionLanguageModel
 from mulki.clip.tensor_files import CHECKSUM, load_tensors, save_tensors
-from mulki.clip.texts import TextInputs
-from mulki.distributed.parts import set_whole, whole
+from mulki.distributed.parts import whole
 from mulki.distributed.world import ALONE, World
 from mulki.errors import InputError, Stopped
 from mulki.files import sync
-from mulki.methods import PREVIOUS, Method
+from mulki.methods import Method
 from mulki.report.comparison.groups import NEUTRAL
 from mulki.runs.answers import FOLDER as ANSWERS
 from mulki.runs.folder import RunFolder
@@ -38,31 +36,11 @@ from mulki.runs.metrics import ZERO_SHOT
 from mulki.runs.new_folder import RECOVERY
 from mulki.runs.reading import read_json
 from mulki.runs.results import read_evaluations
-from mulki.train.config.precision import Precision
 from mulki.train.config.run_config import RunConfig, Settings, read_config
 from mulki.train.saving.checkpoints import ARGUMENTS
-from mulki.train.saving.randomness import random_state, set_random_state
 from mulki.train.saving.signals import Signals
 
 State = dict[str, Any]
-Frozen = Mapping[str, VisionLanguageModel]
-
-
-class Running(Protocol):
-    """What a save is made of: the part of a `Setup` that changes while the run goes on."""
-
-    @property
-    def model(self) -> VisionLanguageModel: ...
-
-    @property
-    def method(self) -> Method: ...
-
-    @property
-    def precision(self) -> Precision: ...
-
-    @property
-    def world(self) -> World: ...
-
 
 FILE = "state.safetensors"
 STUDENT = "student"
@@ -430,60 +408,6 @@ def changed(folder: Path, hashes: Mapping[str, Any], *, some: bool = False) -> s
     return next((name for name in compared if known.get(name) != hashes[name]), None)
 
 
-def run_state(
-    setup: Running, frozen: Frozen, texts: TextInputs, done: State, in_task: State | None
-) -> State:
-    """What a save holds. All processes have to call this.
-
-    Args:
-        frozen: the teachers.
-        texts: of the student.
-        done: the tasks that were learned, see `mulki.train.sequence`.
-        in_task: the state within the task that comes next, None between two tasks.
-    """
-    model = setup.model
-    if in_task is not None:
-        previous = frozen.get(PREVIOUS)
-        weights = None
-        if previous is not None and model.adapters is None:
-            weights = _weights(model, previous)
-        in_task = in_task | {"previous": weights}
-    return {
-        **done,
-        "processes": setup.world.size,
-        STUDENT: _weights(model, model) if model.adapters is None else model.adapters.state(),
-        "method": setup.method.state_dict(),
-        "texts": texts.state(),
-        "scaler": setup.precision.scaler.state_dict(),
-        "random": setup.world.each(random_state(model.device)),
-        "in_task": in_task,
-    }
-
-
-def restore(saved: State, setup: Running, frozen: Frozen, texts: TextInputs) -> State | None:
-    """Set what `run_state` returned, into a run that is at its start.
-
-    Returns:
-        The state within a task, with that of the random generators; None between two tasks.
-    """
-    model = setup.model
-    if model.adapters is None:
-        _set_weights(model, model, saved[STUDENT])
-    else:
-        model.adapters.restore(saved[STUDENT])
-    restore_method(setup.method, saved["method"])
-    texts.restore(saved["texts"])
-    setup.precision.scaler.load_state_dict(saved["scaler"])
-    random = saved["random"][setup.world.rank]
-    set_random_state(random, model.device)
-    in_task: State | None = saved["in_task"]
-    if in_task is None:
-        return None
-    if in_task["previous"] is not None:
-        _set_weights(model, frozen[PREVIOUS], in_task["previous"])
-    return in_task | {"random": random}
-
-
 def restore_method(method: Method, saved: Mapping[str, Any], *, strict: bool = False) -> None:
     """Set the state of a method, whose tensors may have had other sizes then.
 
@@ -499,16 +423,3 @@ def restore_method(method: Method, saved: Mapping[str, Any], *, strict: bool = F
             value = nn.Parameter(new, own.requires_grad) if isinstance(own, nn.Parameter) else new
             setattr(method.get_submodule(path), last, value)
     method.load_state_dict(saved, strict=strict)
-
-
-def _weights(student: VisionLanguageModel, model: VisionLanguageModel) -> dict[str, Tensor]:
-    # Of a model, those that train in the student; the others are the start model's.
-    found = model.clip.state_dict()
-    return {name: found[name] for name in student.trainable()}
-
-
-def _set_weights(
-    student: VisionLanguageModel, model: VisionLanguageModel, weights: Mapping[str, Tensor]
-) -> None:
-    for name, value in _weights(student, model).items():
-        set_whole(value, weights[name])

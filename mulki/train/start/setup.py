@@ -37,8 +37,8 @@ from mulki.train.config.run_config import CURRENT, MADE, RunConfig, Settings
 from mulki.train.config.tasks import limit_reading, warn_of_equal_names
 from mulki.train.learning.inputs import Training
 from mulki.train.learning.validation import with_validation
+from mulki.train.randomness import deterministic
 from mulki.train.saving.description import Description, LearnedTask, recipe_of
-from mulki.train.saving.randomness import deterministic
 from mulki.train.saving.recovery import (
     State,
     check_finite,

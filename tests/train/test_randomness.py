@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mulki.errors import InputError, ProcessLost
-from mulki.train.saving.randomness import deterministic, random_state, set_random_state
+from mulki.train.randomness import deterministic, random_state, set_random_state
 
 CPU = torch.device("cpu")
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from mulki.errors import InputError, ProcessLost
 
@@ -52,24 +53,33 @@ def deterministic(used: bool) -> Iterator[None]:
         cudnn.benchmark = before[2]
 
 
-def random_state(device: torch.device) -> list[Any]:
+def random_state(*devices: torch.device) -> list[Any]:
     """The states of Python's, NumPy's and torch's generators, as JSON and tensors hold them.
 
     Args:
-        device: of the process; its generator is among them.
+        devices: whose generators are among them, beside that of the CPU.
     """
     kind, keys, *rest = np.random.get_state(legacy=True)
     state = [random.getstate(), [kind, np.asarray(keys).tolist(), *rest], torch.get_rng_state()]
-    if device.type != "cpu":
-        state.append(torch.get_device_module(device).get_rng_state(device).cpu())
-    return state
+    return state + [_generator_state(each) for each in devices if each.type != "cpu"]
 
 
-def set_random_state(state: Sequence[Any], device: torch.device) -> None:
-    """Undo what was drawn since `random_state`."""
-    (version, words, gauss), of_numpy, of_torch, *of_device = state
+def set_random_state(state: Sequence[Any], *devices: torch.device) -> None:
+    """Undo what was drawn since `random_state` of the same devices."""
+    (version, words, gauss), of_numpy, of_torch, *of_devices = state
     random.setstate((version, tuple(words), gauss))
     np.random.set_state(tuple(of_numpy))
     torch.set_rng_state(of_torch)
-    for each in of_device:
-        torch.get_device_module(device).set_rng_state(each, device)
+    others = (each for each in devices if each.type != "cpu")
+    for device, of_device in zip(others, of_devices, strict=False):
+        _generator_state(device, of_device)
+
+
+def _generator_state(device: torch.device, new: Tensor | None = None) -> Tensor:
+    # Reads the state, or sets it to `new`. The functions for Metal take no device.
+    module, one = torch.get_device_module(device), device.type == "mps"
+    if new is None:
+        state: Tensor = module.get_rng_state() if one else module.get_rng_state(device)
+        return state.cpu()
+    module.set_rng_state(*([new] if one else [new, device]))
+    return new
