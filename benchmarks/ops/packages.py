@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mulki.bench.cases import SCALE, Case
 from mulki.bench.losses import TEMPERATURE, Loss, Matrix, log_softmax
-from mulki.bench.providers import PROVIDERS, Provider, autocast, is_loss
+from mulki.bench.providers import PROVIDERS, Provider, autocast
 
 
 def absent(package: str, device: str) -> str | None:
@@ -135,7 +135,7 @@ _PEERS = (
         absence=partial(absent, "liger_kernel"),
         refusal=liger_refusal,
         note=lambda case: version("liger_kernel"),
-        early_gradients=is_loss,
+        early_gradients=True,
         peer=True,
     ),
     Provider(

@@ -14,6 +14,7 @@ import os
 import shlex
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 from mulki.app.commands import completion
@@ -392,7 +393,7 @@ def _doctor(argv: list[str]) -> int:
                 print(f"{' ' * 22}-> {finding.remedy}", flush=True)
     problems = sum(finding.level == "problem" for finding in findings)
     if arguments.json:
-        print(json.dumps([finding.to_dict() for finding in findings]))
+        print(json.dumps([*map(asdict, findings)]))
     else:
         print(counted(problems, "problem") if problems else "no problems")
     return int(problems > 0)

@@ -6,7 +6,7 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Literal
@@ -43,9 +43,6 @@ class Finding:
     level: Level
     text: str
     remedy: str | None = None
-
-    def to_dict(self) -> dict[str, str | None]:
-        return asdict(self)
 
 
 def examine(folder: str | os.PathLike[str] = ".", seconds: float = 10.0) -> Iterator[Finding]:

@@ -259,7 +259,9 @@ def _found(todo: Sequence[Job], card: torch.device) -> Iterator[Verdict]:
     gpu: Any = _Child(_gpu, str(card)).result() if todo and card.type != "cpu" else None
     # Ctrl-C ends a compiler, which would go on with what is next.
     ends = signal.signal, (signal.SIGINT, signal.SIG_DFL)
-    with ProcessPoolExecutor(_compilers(), _context(), *ends) as pool:
+    # A core is left to the process that measures.
+    compilers = max(1, min(cores() - 1, MOST_COMPILERS))
+    with ProcessPoolExecutor(compilers, _context(), *ends) as pool:
         # Where that has failed, and behind a compiler that has crashed, the verdicts compile.
         compiled = {
             job: [pool.submit(_compile, job, case, *gpu) for case in job.cases("meta") if gpu]
@@ -272,11 +274,6 @@ def _found(todo: Sequence[Job], card: torch.device) -> Iterator[Verdict]:
                 yield child.result() or Verdict(*job[:3], failure=child.end)
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
-
-
-def _compilers() -> int:
-    """How many processes compile: a core is left to the one that measures."""
-    return max(1, min(cores() - 1, MOST_COMPILERS))
 
 
 def _context() -> Any:
@@ -335,7 +332,7 @@ def _compile(job: Job, case: Case, architecture: str, target: Any) -> None:
     inputs = case.inputs()
     # What does not compile fails again where it is launched.
     with suppress(Exception), _multiplying(job.numbers):
-        calls = [partial(ours, inputs) for ours, _ in _forms(job, case).values()]
+        calls = [partial(ours, inputs) for ours, _ in _forms(job, case, inputs).values()]
         compile_launched(launches_of(calls, architecture), target)
 
 
@@ -392,7 +389,7 @@ def _problems(job: Job, case: Case, inputs: Inputs) -> Iterator[str]:
     from mulki.bench.verify import Verifier
 
     verifiers: dict[Compute | None, Verifier] = {}
-    for form, (ours, plain) in _forms(job, case).items():
+    for form, (ours, plain) in _forms(job, case, inputs).items():
         if plain not in verifiers:
             verifiers[plain] = Verifier(case, inputs, plain)
         for _ in range(FIRST_CALLS.get(case.device, 2)):
@@ -412,7 +409,7 @@ def _speedups(case: Case, inputs: Inputs) -> Iterator[float]:
     from mulki.bench.calls import calls_of
     from mulki.bench.providers import PROVIDERS
 
-    instead = f"mulki-{backends.instead_of_triton(case.device)}"
+    instead = "mulki-chunked"  # serves where the Triton kernels do not, on every device
     calls = {name: calls_of(PROVIDERS[name], case, inputs) for name in (instead, "mulki")}
     calls[instead].outcome()  # once off the clock, as the kernels were
     with call_cost.no_garbage_collection():
@@ -423,7 +420,7 @@ def _speedups(case: Case, inputs: Inputs) -> Iterator[float]:
             yield statistics.median(theirs / ours for theirs, ours in ratios)
 
 
-def _forms(job: Job, case: Case) -> dict[str, tuple[Compute, Compute | None]]:
+def _forms(job: Job, case: Case, inputs: Inputs) -> dict[str, tuple[Compute, Compute | None]]:
     """What is computed of a case, and what each is compared with; None for the case in float64."""
     from mulki.bench.losses import EAGER, MULKI, TEMPERATURE
     from mulki.bench.outcomes import outcome
@@ -445,14 +442,14 @@ def _forms(job: Job, case: Case) -> dict[str, tuple[Compute, Compute | None]]:
             of_teachers, scales = [of[:2] for of in teachers], [of[2] for of in teachers]
             xs, ws = (torch.stack(operands) for operands in zip((x, w), *of_teachers, strict=True))
             moved = tuple(zip(xs[1:].detach(), ws[1:].detach(), scales, strict=True))
-            loss: Tensor = ours(xs[0], ws[0], scale, moved, *rest)
-            return loss
+            return ours(xs[0], ws[0], scale, moved, *rest)
 
         forms["in one memory"] = partial(outcome, in_one_memory), None
-    for name, loss in _with_options(case).items():
+    with_options = _with_options(case, inputs)
+    for name, loss in with_options.items():
         compute = partial(outcome, loss)
         forms[name] = compute, compute
-    for name, loss in {"": ours, **_with_options(case)}.items():
+    for name, loss in {"": ours, **with_options}.items():
         compute = partial(_by_products, case, loss)
         forms[f"by-products, {name}" if name else "by-products"] = compute, compute
     if case.operator == "pair_kl":
@@ -471,8 +468,7 @@ def _forms(job: Job, case: Case) -> dict[str, tuple[Compute, Compute | None]]:
             return {"weights": weights, "entropy": entropy}
 
         def plain(share: float, *operands: Any) -> Tensor:
-            of_labels: Tensor = EAGER["contrastive"](*operands[:3])
-            return share * of_labels + EAGER["pair_kl"](*operands)
+            return share * EAGER["contrastive"](*operands[:3]) + EAGER["pair_kl"](*operands)
 
         # Of different upstream gradients both losses are computed again.
         for share, form in ((1.0, "with labels"), (0.5, "with labels of half the weight")):
@@ -495,21 +491,22 @@ def _by_products(case: Case, loss: Callable[..., Any], inputs: Inputs) -> Outcom
     return found
 
 
-def _with_options(case: Case) -> dict[str, Loss]:
+def _with_options(case: Case, inputs: Inputs) -> dict[str, Loss]:
     """Our loss with options beside those of the case; further ones may be given."""
     from mulki.bench.losses import MULKI, TEMPERATURE
 
     ours = MULKI[case.operator]
     blend: dict[str, Any] = {"gate": "blend", "gate_entropy": 1.0, "gate_label": 0.5}
+    target: Tensor = inputs.arguments[-1]
     if case.operator == "dual_teacher_kl":
         return {
-            "blend gate and class mask": partial(ours, **blend, class_mask=_mask(case)),
+            "blend gate and class mask": partial(ours, **blend, class_mask=_mask(case, target)),
             "loss gate": partial(ours, gate="loss"),
         }
     if case.operator == "prototype_cross_entropy":
         # One that is there; where values are not, any number.
-        ignored = 0 if case.device == "meta" else int(_target(case)[0])
-        options: dict[str, Any] = {"label_smoothing": 0.1, "class_mask": _mask(case)}
+        ignored = 0 if case.device == "meta" else int(target[0])
+        options: dict[str, Any] = {"label_smoothing": 0.1, "class_mask": _mask(case, target)}
         loss = partial(ours, **options, ignore_index=ignored)
         return {"smoothing, class mask and ignored rows": loss}
     if case.operator == "pair_kl":
@@ -531,13 +528,8 @@ def _with_options(case: Case) -> dict[str, Loss]:
     return {}
 
 
-def _target(case: Case) -> Tensor:
-    target: Tensor = case.inputs().arguments[-1]
-    return target
-
-
-def _mask(case: Case) -> Tensor:
+def _mask(case: Case, target: Tensor) -> Tensor:
     """[P], without every seventh class that no sample has."""
     mask = torch.arange(case.p, device=case.device) % 7 != 0
-    mask[_target(case)] = True
+    mask[target] = True
     return mask

@@ -30,12 +30,6 @@ _SCENARIO = {
 }
 # Compared apart, or where things are and how they are computed.
 _FREE = NEUTRAL | {"protocol", "pretrained", "reference", "precision", "precision_eval"}
-#: What a verdict is called.
-WORDS: dict[Verdict, str] = {
-    "within": "within the band",
-    "above": "above the band",
-    "below": "below the band",
-}
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from mulki.bench.machine import setting_line
 from mulki.bench.report import Row, by_point, setting_of
@@ -116,7 +116,7 @@ def plot(rows: Sequence[Row], folder: str, mode: str = "both") -> list[Path]:
         left_out=len(timed) - len(of),
         columns=[f"{metric.title}, {metric.unit}" for metric in metrics],
         panels=[
-            (f"{operator}, {dtype}", figures[operator, dtype], list(_cells(points, metrics)))
+            (f"{operator}, {dtype}", figures[operator, dtype], list(_cells(points, metrics, 3)))
             for (operator, dtype), points in groups.items()
         ],
     )
@@ -240,18 +240,14 @@ def _values(row: Row, factor: float) -> tuple[float, float, float]:
 
 
 def _cells(
-    points: Mapping[str, Providers], metrics: Sequence[_Metric]
+    points: Mapping[str, Providers], metrics: Sequence[_Metric], digits: int
 ) -> Iterator[tuple[str, str, list[str]]]:
+    # Of each shape and provider the medians; empty where there is none.
     for shape, providers in points.items():
         for name, of in providers.items():
-            yield (
-                shape,
-                name,
-                [
-                    f"{_values(of[m.name], m.factor)[0]:.3g}" if m.name in of else ""
-                    for m in metrics
-                ],
-            )
+            numbers = {m: _values(of[m.name], m.factor)[0] for m in metrics if m.name in of}
+            cells = [f"{numbers[m]:.{digits}g}" if m in numbers else "" for m in metrics]
+            yield shape, name, cells
 
 
 def _csv(
@@ -262,11 +258,6 @@ def _csv(
     head = [f"{metric.name} ({metric.unit})" for metric in metrics]
     writer.writerow(["operator", "N", "P", "D", "dtype", "mode", "provider", *head])
     for (operator, dtype), points in groups.items():
-        for shape, providers in points.items():
-            for name, of in providers.items():
-                numbers: list[Any] = [
-                    f"{_values(of[m.name], m.factor)[0]:.6g}" if m.name in of else ""
-                    for m in metrics
-                ]
-                writer.writerow([operator, *shape.split(" x "), dtype, mode, name, *numbers])
+        for shape, name, cells in _cells(points, metrics, 6):
+            writer.writerow([operator, *shape.split(" x "), dtype, mode, name, *cells])
     return text.getvalue()

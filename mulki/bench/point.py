@@ -130,7 +130,8 @@ def _metrics(
 
 
 def _only_scales(case: Case, name: str, mode: str) -> bool:
-    return mode == "backward" and PROVIDERS[name].early_gradients(case)
+    is_loss = case.operator != "similarity"
+    return mode == "backward" and is_loss and PROVIDERS[name].early_gradients
 
 
 def _notes(case: Case, name: str, mode: str) -> tuple[str, ...]:

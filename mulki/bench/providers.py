@@ -39,9 +39,9 @@ class Provider:
     absence: Callable[[str], str | None] = lambda device: None
     refusal: Callable[[Case], str | None] = lambda case: None
     note: Callable[[Case], str] = lambda case: ""
-    # Gradients are formed in the forward pass of training, so that the time of the backward pass
-    # alone says nothing.
-    early_gradients: Callable[[Case], bool] = lambda case: False
+    # Gradients of a loss are formed in the forward pass of training, so that the time of the
+    # backward pass alone says nothing.
+    early_gradients: bool = False
     graphed: bool = False
     products: bool = False  # is no loss, but the matrix products that one takes at the least
     without: tuple[str, ...] = ()  # leaves that it has no gradient to
@@ -93,10 +93,6 @@ def setting(**variables: str) -> Iterator[None]:
                 os.environ[name] = value
 
 
-def _set(variables: dict[str, str], case: Case) -> AbstractContextManager[None]:
-    return setting(**variables)
-
-
 def _served(case: Case) -> str:
     several = case.teachers and case.operator != "pair_kl"
     op = "teacher_kl" if several else case.operator
@@ -111,13 +107,18 @@ def _eager(case: Case) -> Loss:
     return EAGER[case.operator]
 
 
+def _set_to(name: str, **variables: str) -> Provider:
+    return Provider(
+        name,
+        lambda case: MULKI[case.operator],
+        context=lambda case: setting(**variables),
+        early_gradients=True,
+        strict=True,
+    )
+
+
 def _as_graph(provider: Provider) -> Provider:
     return replace(provider, absence=_no_graphs, refusal=_graph_refusal, graphed=True)
-
-
-def is_loss(case: Case) -> bool:
-    """Whether it computes a loss, and no matrix."""
-    return case.operator != "similarity"
 
 
 PROVIDERS: dict[str, Provider] = {
@@ -144,32 +145,21 @@ PROVIDERS: dict[str, Provider] = {
             "torch_lce-chunks",
             peers.torch_lce_chunks,
             refusal=peers.torch_lce_chunks_refusal,
-            early_gradients=is_loss,
+            early_gradients=True,
             peer=True,
         ),
         Provider(
             "mulki",
             lambda case: MULKI[case.operator],
             note=_served,
-            early_gradients=is_loss,
+            early_gradients=True,
             strict=True,
         ),
         _as_graph(
             Provider("mulki-graph", lambda case: MULKI[case.operator], note=_served, strict=True)
         ),
-        *(
-            Provider(
-                name,
-                lambda case: MULKI[case.operator],
-                context=functools.partial(_set, variables),
-                early_gradients=is_loss,
-                strict=True,
-            )
-            for name, variables in {
-                "mulki-chunked": {"MULKI_BACKEND": "chunked"},
-                "mulki-chunked-compiled": {"MULKI_BACKEND": "chunked", "MULKI_COMPILE": "1"},
-                "mulki-reference": {"MULKI_BACKEND": "reference"},
-            }.items()
-        ),
+        _set_to("mulki-chunked", MULKI_BACKEND="chunked"),
+        _set_to("mulki-chunked-compiled", MULKI_BACKEND="chunked", MULKI_COMPILE="1"),
+        _set_to("mulki-reference", MULKI_BACKEND="reference"),
     )
 }

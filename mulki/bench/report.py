@@ -35,7 +35,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -80,11 +80,7 @@ _SETTING = tuple(name for name in MACHINE if name != "timestamp")
 REFERENCES = ("eager", "compile", "graph", "compile-graph", "products")
 _UNITS = {
     "speed": "ms",
-    "speedup_over_eager": "times",
-    "speedup_over_compile": "times",
-    "speedup_over_graph": "times",
-    "speedup_over_compile-graph": "times",
-    "speedup_over_products": "times",
+    **{f"speedup_over_{name}": "times" for name in REFERENCES},
     "throughput": "GFLOP/s",
     "memory": "MiB",
     "resident_memory": "MiB",
@@ -97,8 +93,7 @@ _UNITS = {
 }
 
 
-@dataclass(frozen=True)
-class Quantiles:
+class Quantiles(NamedTuple):
     """Of a metric over the rounds."""
 
     median: float
@@ -157,8 +152,7 @@ def rows_of(result: Result, machine: Mapping[str, str]) -> Iterator[Row]:
     }
     metrics: Mapping[str, Quantiles | None] = result.metrics or {result.metric: None}
     for name, values in metrics.items():
-        quantiles = [values.median, values.low, values.high] if values else []
-        numbers = [f"{value:.6g}" for value in quantiles] or ["", "", ""]
+        numbers = [f"{value:.6g}" for value in values or ()] or ["", "", ""]
         keys = ("y_value_50", "y_value_20", "y_value_80")
         metric = {"metric_name": name, "metric_unit": _UNITS[name]}
         yield shared | metric | dict(zip(keys, numbers, strict=True))
@@ -175,15 +169,12 @@ class CsvFile:
         self._path = Path(path)
         if self._path.exists() and self._path.stat().st_size:
             read_rows(path)
-            self._append([])
+            self.add([])
         else:
-            self._append([dict(zip(COLUMNS, COLUMNS, strict=True))])
+            self.add([dict(zip(COLUMNS, COLUMNS, strict=True))])
 
     def add(self, rows: Iterable[Row]) -> None:
         """Append lines."""
-        self._append(rows)
-
-    def _append(self, rows: Iterable[Row]) -> None:
         text = io.StringIO(newline="")
         csv.DictWriter(text, COLUMNS).writerows(rows)
         try:

@@ -276,8 +276,5 @@ def _with_shares(result: Result, rates: call_cost.ProductRates, copy: float) -> 
         "share_of_best_product": rates.best,
         "share_of_copy": of_copy,
     }
-    shares = {
-        name: Quantiles(*(1e9 * q / rate for q in (reached.median, reached.low, reached.high)))
-        for name, rate in of.items()
-    }
+    shares = {name: Quantiles(*(1e9 * q / rate for q in reached)) for name, rate in of.items()}
     return replace(result, metrics=result.metrics | shares)

@@ -82,10 +82,8 @@ class Prototypes(nn.Module):
 
     def __init__(self, initial: Tensor, update: Update = "ema", momentum: float = 0.9):
         super().__init__()
-        if update not in get_args(Update):
-            raise ValueError(f"update: got {update!r}, wanted one of {', '.join(get_args(Update))}")
-        if not 0.0 <= momentum <= 1.0:
-            raise ValueError(f"momentum: got {momentum}, wanted a number in [0, 1]")
+        checks.choice("update", update, get_args(Update))
+        checks.fraction("momentum", momentum)
         self.update = update
         self.momentum = momentum
         self.value: Tensor

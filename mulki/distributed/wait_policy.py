@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 
 #: Rounds of spinning, a few microseconds: about what waking a thread takes.
@@ -20,24 +20,10 @@ SPIN_COUNT = "1000"
 _SETTINGS = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "KMP_BLOCKTIME")
 
 
-def set_for_run(
-    command: Sequence[str] | None = None, environment: MutableMapping[str, str] | None = None
-) -> bool:
-    """Set GOMP_SPINCOUNT if this process trains by a command of ours and the user set nothing.
-
-    Args:
-        command: of the process, the interpreter first; by default that of this one.
-        environment: by default that of this process.
-
-    Returns:
-        Whether it was set.
-    """
-    command = sys.orig_argv if command is None else command
-    environment = os.environ if environment is None else environment
-    if not _trains(command) or any(name in environment for name in _SETTINGS):
-        return False
-    environment["GOMP_SPINCOUNT"] = SPIN_COUNT
-    return True
+def set_for_run() -> None:
+    """Set GOMP_SPINCOUNT if this process trains by a command of ours and the user set nothing."""
+    if _trains(sys.orig_argv) and not any(name in os.environ for name in _SETTINGS):
+        os.environ.update(GOMP_SPINCOUNT=SPIN_COUNT)
 
 
 def _trains(command: Sequence[str]) -> bool:

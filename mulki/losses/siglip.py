@@ -60,10 +60,7 @@ class SigLipLoss(PairLoss):
         super().__init__(rank, world_size, group, notes)
         self.cache_labels = bool(cache_labels)
         self.dist_impl = dist_impl or "bidir"
-        if self.dist_impl not in RING + GATHERED:
-            raise ValueError(
-                f"dist_impl: got {dist_impl!r}, wanted one of {', '.join(RING + GATHERED)}"
-            )
+        checks.choice("dist_impl", self.dist_impl, RING + GATHERED)
 
     def forward(
         self,

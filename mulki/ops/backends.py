@@ -137,14 +137,9 @@ class Served(NamedTuple):
     size: str | None = None  # one of `proofs.SIZES`; None for all
 
 
-class _Forced:
-    """One use of `use_backend`: an object of its own, since two may name the same backend."""
-
-    def __init__(self, name: str):
-        self.name = name
-
-
-_forced: tuple[_Forced, ...] = ()  # the one entered last is in force
+# The uses of `use_backend`: objects of their own, since two may name the same backend. The one
+# entered last is in force.
+_forced: tuple[list[str], ...] = ()
 _forcing_lock = threading.Lock()
 # Kernels, and why those that should serve in their place fail to.
 _kernels: dict[tuple[Any, ...], tuple[Kernel, str | None]] = {}
@@ -268,21 +263,13 @@ def _refuse_if_strict(fallback: str) -> None:
 
 def _setting() -> str:
     forced = _forced
-    name = forced[-1].name if forced else os.environ.get("MULKI_BACKEND", "auto")
-    if name not in NAMES:
-        raise ValueError(f"MULKI_BACKEND: got {name!r}, wanted one of {', '.join(NAMES)}")
-    return name
+    return forced[-1][0] if forced else os.environ.get("MULKI_BACKEND", "auto")
 
 
 def forget_choices() -> None:
     """Choose anew at the next calls: a proof was made, or the environment has changed."""
     _kernels.clear()
     prepared.forget()
-
-
-def instead_of_triton(device_type: str) -> str:
-    """The backend that serves where the Triton kernels do not."""
-    return CANDIDATES.get(device_type, ELSEWHERE)[-1]
 
 
 def share_proofs(group: Any = None) -> None:
@@ -308,8 +295,10 @@ def choose(
 ) -> Served:
     """The first backend that serves `op`, among the candidates or after the forced one.
 
-    The Triton kernels serve unasked only what `mulki prove` has shown on this GPU.
+    The Triton kernels serve unasked only what `mulki prove` has shown on this GPU. A setting that
+    is none of NAMES is a ValueError.
     """
+    checks.choice("MULKI_BACKEND", setting, NAMES)
     if dtype == torch.float64 and setting != "chunked":
         return Served(op, device_type, dtype, "reference", {})
     names = CANDIDATES.get(device_type, ELSEWHERE) if setting == "auto" else (setting,)
@@ -334,15 +323,14 @@ def use_backend(name: str) -> AbstractContextManager[None]:
     Raises:
         ValueError: there is no such backend.
     """
-    if name not in NAMES:
-        raise ValueError(f"name: got {name!r}, wanted one of {', '.join(NAMES)}")
+    checks.choice("name", name, NAMES)
     return _forcing(name)
 
 
 @contextmanager
 def _forcing(name: str) -> Iterator[None]:
     global _forced
-    entry = _Forced(name)
+    entry = [name]
     with _forcing_lock:
         _forced = (*_forced, entry)
     # TRITON_INTERPRET, by which Triton serves CPU tensors or does not, may have changed.

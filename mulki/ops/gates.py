@@ -113,8 +113,7 @@ def find_gate(name: str) -> Gate:
     Raises:
         ValueError: there is none.
     """
-    if not isinstance(name, str) or name not in GATES:
-        raise ValueError(f"gate: got {name!r}, wanted one of {', '.join(GATES)}")
+    checks.choice("gate", name, tuple(GATES))
     return GATES[name]
 
 

@@ -27,17 +27,23 @@ from mulki.distributed.wait_policy import SPIN_COUNT, set_for_run
         (["python"], False),
     ],
 )
-def test_it_is_for_the_commands_that_train(command: list[str], is_set: bool) -> None:
+def test_it_is_for_the_commands_that_train(
+    command: list[str], is_set: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     environment = {"HOME": "here"}
-    assert set_for_run(command, environment) == is_set
+    monkeypatch.setattr(sys, "orig_argv", command)
+    monkeypatch.setattr(os, "environ", environment)
+    set_for_run()
     wanted = {"HOME": "here"} | ({"GOMP_SPINCOUNT": SPIN_COUNT} if is_set else {})
     assert environment == wanted
 
 
 @pytest.mark.parametrize("name", ["GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "KMP_BLOCKTIME"])
-def test_what_a_user_has_set_stays(name: str) -> None:
+def test_what_a_user_has_set_stays(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     environment = {name: "7"}
-    assert not set_for_run(["python", "mulki", "run"], environment)
+    monkeypatch.setattr(sys, "orig_argv", ["python", "mulki", "run"])
+    monkeypatch.setattr(os, "environ", environment)
+    set_for_run()
     assert environment == {name: "7"}
 
 

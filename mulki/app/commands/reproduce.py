@@ -14,7 +14,6 @@ from mulki.app.commands.grid import seeds_of, whole
 from mulki.app.commands.parsing import Parser, add_options, with_hyphens
 from mulki.app.commands.training import prepare_process
 from mulki.app.reproduction import (
-    WORDS,
     Judgement,
     figures_of,
     judge,
@@ -155,7 +154,7 @@ def _print(found: Judgement) -> None:
             f"{line.published:.2f}",
             f"{line.ours:.2f}{half}",
             f"{line.low:.2f} to {line.high:.2f}",
-            WORDS[line.verdict],
+            f"{line.verdict} the band",
         )
     console.print(Text(f"{row.name}: {row.method} on {row.benchmark}", style="bold"))
     console.print(table)

@@ -65,19 +65,16 @@ def _canonicalize(tokenizer: Any) -> None:
     from tokenizers import Regex, normalizers
 
     backend = tokenizer.backend_tokenizer
+    signs = "".join(f"\\{sign}" for sign in string.punctuation)
     parts = [
         normalizers.Replace("_", " "),
-        normalizers.Replace(Regex(f"[{''.join(map(_escaped, string.punctuation))}]"), ""),
+        normalizers.Replace(Regex(f"[{signs}]"), ""),
         normalizers.Lowercase(),
         normalizers.Replace(Regex(r"\s+"), " "),
         normalizers.Strip(),
     ]
     before = [] if backend.normalizer is None else [backend.normalizer]
     backend.normalizer = normalizers.Sequence([*parts, *before])
-
-
-def _escaped(sign: str) -> str:
-    return f"\\{sign}"
 
 
 def _no_tokenizer(name: str, reason: str) -> InputError:

@@ -18,7 +18,6 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -35,20 +34,13 @@ _FACTORS = ("a", "b", "kept_a", "kept_b")
 _MARK = ".parametrizations."
 
 
-@dataclass
-class _Current:
-    """Which of the three models the weights are at present."""
-
-    level: Level = "student"
-
-
 class _LowRank(nn.Module):
     """The change of one weight: a parametrization for torch's `parametrize`."""
 
     kept_a: Tensor
     kept_b: Tensor
 
-    def __init__(self, weight: Tensor, rank: int, scale: float, current: _Current):
+    def __init__(self, weight: Tensor, rank: int, scale: float):
         super().__init__()
         rows, columns = len(weight), weight[0].numel()
 
@@ -62,13 +54,13 @@ class _LowRank(nn.Module):
         self.register_buffer("kept_b", empty(rows, 0))
         self.bytes_of_weight = weight.nbytes
         self._scale = scale
-        self._current = current
+        self.level: Level = "student"  # which of the three models the weight is at present
 
     def forward(self, weight: Tensor) -> Tensor:
         if isinstance(weight, DTensor):
             return weight  # not in a forward pass of FSDP's: open_clip asks for the dtype alone
         factors = {name: getattr(self, name) for name in _FACTORS}
-        return _changed(weight, factors, self._scale, self._current.level)
+        return _changed(weight, factors, self._scale, self.level)
 
 
 def _changed(
@@ -125,14 +117,13 @@ class Adapters:
         fixed_a: bool = False,
     ):
         self._clip = clip
-        self._current = _Current()
         self._scale = 1.0 if alpha is None else alpha / rank
         self._parts: dict[str, _LowRank] = {}
         chosen = _chosen(clip, targets)
         _check_rank(chosen, rank)
         clip.requires_grad_(False)
         for module_name, (module, weight_name) in chosen.items():
-            part = _LowRank(getattr(module, weight_name), rank, self._scale, self._current)
+            part = _LowRank(getattr(module, weight_name), rank, self._scale)
             part.a.requires_grad_(not fixed_a)
             parametrize.register_parametrization(module, weight_name, part, unsafe=True)
             self._parts[f"{module_name}.{weight_name}"] = part
@@ -239,13 +230,15 @@ class Adapters:
     def as_teacher(self, level: Level) -> Iterator[None]:
         """While it lasts, the model is this teacher, in evaluation mode."""
         training = [module for module in self._clip.modules() if module.training]
-        self._current.level = level
+        for part in self._parts.values():
+            part.level = level
         for module in training:
             module.training = False
         try:
             yield
         finally:
-            self._current.level = "student"
+            for part in self._parts.values():
+                part.level = "student"
             for module in training:
                 module.training = True
 

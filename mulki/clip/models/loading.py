@@ -41,7 +41,8 @@ def load(
         InputError: unknown name or tag, a checkpoint that is missing or of another model, or a
             missing package.
     """
-    if pretrained is not None and _looks_like_path(pretrained):
+    suffixes = (*PYTORCH_SUFFIXES, ".safetensors")
+    if pretrained is not None and (os.sep in pretrained or Path(pretrained).suffix in suffixes):
         check_regular(pretrained)
         if not Path(pretrained).is_file():
             raise InputError(
@@ -78,10 +79,3 @@ def _sequence_first(clip: nn.Module) -> None:
             stack.batch_first = False
             for block in stack.resblocks:
                 block.attn.batch_first = False
-
-
-def _looks_like_path(pretrained: str) -> bool:
-    return os.sep in pretrained or Path(pretrained).suffix in (
-        *PYTORCH_SUFFIXES,
-        ".safetensors",
-    )
