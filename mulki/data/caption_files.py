@@ -145,9 +145,7 @@ def _of_rows(
     for row in rows:
         captions.setdefault(row.file, []).append(row.text)
     splits = [
-        ImageFiles.unlabelled(
-            file.parent, dict.fromkeys(row.file for row in rows if row.split == split)
-        )
+        ImageFiles.of(file.parent, {row.file: 0 for row in rows if row.split == split})
         for split in names
     ]
     # Before unreadable images are left out, which would change the division.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,7 +16,6 @@ from mulki.data.image_files import (
     class_without_images,
     classes_of_one_split,
     find_unreadable,
-    size_of,
 )
 from mulki.data.task import Task
 from mulki.errors import InputError, nearest
@@ -125,10 +124,13 @@ def csv_task(
                 f"{row.where}: label {row.text} of a validation image, and no image to train on "
                 "has it; correct the label, add such images or remove the row"
             )
-    splits = [_images(path.parent, part, targets) for part in parts]
+    splits = [
+        ImageFiles.of(path.parent, {row.file: targets[row.text] for row in part})
+        for part in (*parts, validation)
+    ]
+    of_val = splits.pop()
     # Before unreadable images are left out, which would change the division.
     whole = divided(splits, test_fraction, where=str(path), classes=classes)
-    of_val = _images(path.parent, validation, targets)
     bad = find_unreadable([*whole, of_val], skip_bad_images=skip_bad_images)
     train, test, val = (images.without(bad) for images in (*whole, of_val))
     for split, images in zip(SPLITS, (train, test), strict=True):
@@ -300,12 +302,3 @@ def check_images_exist(folder: Path, rows: Sequence[SplitRow]) -> None:
             f"{missing[0].where}: no file {folder / missing[0].file}; correct the path (relative "
             f"ones start at the folder of the CSV file){more}"
         )
-
-
-def _images(folder: Path, rows: Sequence[SplitRow], targets: Mapping[str, int]) -> ImageFiles:
-    return ImageFiles(
-        folder,
-        tuple(row.file for row in rows),
-        tuple(size_of(folder / row.file) for row in rows),
-        tuple(targets[row.text] for row in rows),
-    )

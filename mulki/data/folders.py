@@ -16,6 +16,7 @@ from mulki.data.image_files import (
     find_unreadable,
     holds_split,
     is_folder,
+    size_of,
     split_folder,
     validation_folder,
     visible,
@@ -94,8 +95,6 @@ def folder_task(
                 "remove it"
             )
     splits = [_list_images(folder, classes) for folder in folders]
-    if test_fraction is None and len(splits) == 1:
-        splits = [splits[0].chosen([False] * len(splits[0])), splits[0]]
     # Before unreadable images are left out, which would change the division.
     whole = divided(splits, test_fraction, where=str(root), classes=classes)
     of_val = [] if validation is None else [_list_images(validation, classes)]
@@ -169,13 +168,6 @@ def _list_images(folder: Path, classes: Sequence[str]) -> ImageFiles:
                 f"{folder / name}: class {name} has no image{other}; add images "
                 f"({' '.join(sorted(SUFFIXES))}) or remove the class"
             )
-        images += [(f"{name}/{e.name}", _size(e), target) for e in chosen]
+        images += [(f"{name}/{e.name}", size_of(e), target) for e in chosen]
     files, sizes, targets = zip(*images, strict=True)
     return ImageFiles(folder, files, sizes, targets)
-
-
-def _size(entry: os.DirEntry[str]) -> int:
-    try:
-        return entry.stat().st_size
-    except OSError:
-        return 0  # reported by the check of the image itself

@@ -41,18 +41,20 @@ def divided(
 
     Args:
         splits: these two, or all images in one.
-        test_fraction: of all images in one, the share to test on; None where there are two.
+        test_fraction: of all images in one, the share to test on; None where there are two, or
+            where all of one are tested on.
         where: see `held_out`.
         classes: see `held_out`.
 
     Raises:
         InputError: see `held_out`.
     """
-    if test_fraction is None:
-        train, test = splits
-        return train, test
+    if len(splits) == 2:
+        return splits[0], splits[1]
     (images,) = splits
-    tested = held_out(images.files, images.targets, test_fraction, where=where, classes=classes)
+    tested = [True] * len(images.targets)
+    if test_fraction is not None:
+        tested = held_out(images.files, images.targets, test_fraction, where=where, classes=classes)
     return images.chosen([not each for each in tested]), images.chosen(tested)
 
 

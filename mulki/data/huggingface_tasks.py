@@ -138,28 +138,28 @@ def huggingface_task(
     """
     root = Path(path)
     templates = choose_templates(templates, root, f"templates for {root}")
-    folders, alone = _splits(root, test_fraction is not None, test_only)
-    test_fraction = test_fraction if len(folders) == 1 and not alone else None
-    read = [_read(folder, image, label) for folder in folders]
-    splits, (classes, others) = [images for images, _ in read], (read[0][1], read[-1][1])
-    if classes != others:
-        raise _different(folders[0], folders[1], classes, others)
+    folders, test_fraction = _splits(root, test_fraction, test_only)
     validation = None if test_only else validation_split(root)
-    of_val = []
-    if validation is not None:
-        images, others = _read(validation, image, label)
+    every = folders if validation is None else [*folders, validation]
+    read = [_read(folder, image, label) for folder in every]
+    classes = read[0][1]
+    for folder, (_, others) in zip(every, read, strict=True):
         if classes != others:
-            raise _different(folders[0], validation, classes, others)
-        if not len(images):
+            names = folders[0].name, folder.name
+            differing = classes_of_one_split(classes, others, names)
             raise InputError(
-                f"{validation}: the split has no rows; add some, or leave the split out, and save "
-                "again"
+                f"{root}: {' and '.join(names)} have different classes "
+                f"({differing or 'the same ones in another order'}); cast both to one ClassLabel "
+                "and save them again"
             )
-        of_val = [images]
-    if alone:
-        splits = [splits[0].chosen([False] * len(splits[0])), splits[0]]
+    splits = [images for images, _ in read]
+    of_val = splits[len(folders) :]
+    if of_val and not len(of_val[0]):
+        raise InputError(
+            f"{validation}: the split has no rows; add some, or leave the split out, and save again"
+        )
     # Before unreadable images are left out, which would change the division.
-    whole = divided(splits, test_fraction, where=str(root), classes=classes)
+    whole = divided(splits[: len(folders)], test_fraction, where=str(root), classes=classes)
     bad = find_unreadable([*whole, *of_val], skip_bad_images=skip_bad_images)
     train, test, *val = (images.without(bad) for images in (*whole, *of_val))
     if not test_only and (emptied := class_without_images(train, classes)) is not None:
@@ -167,11 +167,9 @@ def huggingface_task(
             f"{folders[0]}: no readable train image of class {emptied}; add some, or take the name "
             "out of the ClassLabel"
         )
-    name = Path(os.path.abspath(root)).name
-    names = tuple(name.replace("_", " ").strip() for name in classes)
     return Task(
-        name,
-        names,
+        Path(os.path.abspath(root)).name,
+        tuple(name.replace("_", " ").strip() for name in classes),
         templates,
         train,
         test,
@@ -182,17 +180,6 @@ def huggingface_task(
     )
 
 
-def _different(
-    train: Path, other: Path, classes: Sequence[str], others: Sequence[str]
-) -> InputError:
-    names = train.name, other.name
-    differing = classes_of_one_split(classes, others, names) or "the same ones in another order"
-    return InputError(
-        f"{train.parent}: {' and '.join(names)} have different classes ({differing}); cast both to "
-        "one ClassLabel and save them again"
-    )
-
-
 def validation_split(root: Path) -> Path | None:
     """The folder of the split of validation images, beside the two others; None without one."""
     names = _split_names(root / _DICT) if (root / _DICT).is_file() else []
@@ -200,16 +187,18 @@ def validation_split(root: Path) -> Path | None:
     return root / val if val is not None and val != split_name(names, "test") else None
 
 
-def _splits(root: Path, undivided: bool, test_only: bool) -> tuple[list[Path], bool]:
-    # The folders of the split to train on and of that to test on, or that of all images; and
-    # whether there is a split to test on alone.
+def _splits(
+    root: Path, test_fraction: float | None, test_only: bool
+) -> tuple[list[Path], float | None]:
+    # The folders of the split to train on and of that to test on, or that of all images, or of
+    # those to test on alone; and the share that is still to be held out.
     if not (root / _DICT).is_file():
         if not holds_dataset(root):
             raise InputError(
                 f"{root}: no {_DICT} in it; give a folder that save_to_disk of datasets has written"
             )
-        if undivided:
-            return [root], False
+        if test_fraction is not None:
+            return [root], test_fraction
         raise InputError(
             f"{root}: one split, wanted train and test in a DatasetDict; divide it with "
             "dataset.train_test_split and save the result with save_to_disk, or pass "
@@ -224,12 +213,12 @@ def _splits(root: Path, undivided: bool, test_only: bool) -> tuple[list[Path], b
     names = _split_names(root / _DICT)
     train, test = (split_name(names, split) for split in ("train", "test"))
     if train is not None and test is not None:
-        return [root / train, root / test], False
+        return [root / train, root / test], None
     if test_only and test is not None:
-        return [root / test], True
+        return [root / test], None
     alone = train is not None and names == [train]
-    if alone and undivided:
-        return [root / names[0]], False
+    if alone and test_fraction is not None:
+        return [root / names[0]], test_fraction
     raise InputError(
         f"{root}: wanted the splits train and test (found: {', '.join(names) or 'none'}); rename "
         "them, or divide train with train_test_split, and save again"

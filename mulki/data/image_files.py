@@ -88,10 +88,10 @@ class ImageFiles(EncodedImages):
     targets: tuple[int, ...]
 
     @classmethod
-    def unlabelled(cls, root: Path, files: Iterable[str]) -> ImageFiles:
-        """Files that are there, each with target 0."""
-        names = tuple(files)
-        return cls(root, names, tuple(size_of(root / name) for name in names), (0,) * len(names))
+    def of(cls, root: Path, targets: Mapping[str, int]) -> ImageFiles:
+        """Files that are there, by name their targets."""
+        sizes = tuple(size_of(root / name) for name in targets)
+        return cls(root, tuple(targets), sizes, tuple(targets.values()))
 
     def _source(self, index: int) -> Path:
         return self.root / self.files[index]
@@ -254,7 +254,7 @@ def is_folder(entry: os.DirEntry[str]) -> bool:
         return False  # such as a link to itself, which the check of the image reports
 
 
-def size_of(path: Path) -> int:
+def size_of(path: Path | os.DirEntry[str]) -> int:
     """Bytes of a file; 0 if that is not known, which the check of the image reports."""
     try:
         return path.stat().st_size

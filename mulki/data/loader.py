@@ -11,7 +11,6 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -128,13 +127,11 @@ def batches(
     images = Images(image_set, transform, cached=cached, cache_mb=cache_mb)
     workers = 0 if images.cached else workers
     batch_sampler = _Batches(
-        _Epochs(
-            len(images),
-            shuffle=shuffle,
-            seed=seed,
-            targets=image_set.targets if balanced else None,
-        ),
+        len(images),
         batch_size,
+        shuffle=shuffle,
+        seed=seed,
+        targets=image_set.targets if balanced else None,
         drop_last=drop_last and len(images) >= batch_size,
         part=part or range,
     )
@@ -213,7 +210,7 @@ def cycle(loader: DataLoader[tuple[Tensor, int, int]], start: int = 0) -> Iterat
     sampler = loader.batch_sampler
     assert isinstance(sampler, _Batches)
     epoch, done = divmod(start, len(loader))
-    sampler.epochs.go_to(epoch, done * sampler.batch_size)
+    sampler.go_to(epoch, done)
 
     def endless() -> Iterator[Batch]:
         while True:
@@ -222,29 +219,44 @@ def cycle(loader: DataLoader[tuple[Tensor, int, int]], start: int = 0) -> Iterat
     return endless()
 
 
-class _Epochs(Sampler[tuple[int, int]]):
-    """Index and augmentation seed of each sample; each iteration is the next epoch."""
+class _Batches(Sampler[list[tuple[int, int]]]):
+    """This process's part of each batch of an epoch; each iteration is the next epoch.
+
+    A batch has the index and the augmentation seed of each sample.
+    """
 
     def __init__(
-        self, count: int, *, shuffle: bool, seed: int, targets: Sequence[int] | None = None
+        self,
+        count: int,
+        batch_size: int,
+        *,
+        shuffle: bool,
+        seed: int,
+        targets: Sequence[int] | None,
+        drop_last: bool,
+        part: Callable[[int], Sequence[int]],
     ) -> None:
         self.count = count
+        self.batch_size = batch_size
         self.chances: Tensor | None = None
         if targets is not None:
             of_each = torch.as_tensor(list(targets))
             self.chances = 1 / torch.bincount(of_each)[of_each].double()
         self.shuffle = shuffle
         self.seed = seed
-        self.go_to(epoch=0, skip=0)
+        self.part = part
+        whole, rest = divmod(count, batch_size)
+        self.sizes = [batch_size] * whole + ([rest] if rest and not drop_last else [])
+        self.go_to(epoch=0, batch=0)
 
-    def go_to(self, epoch: int, skip: int) -> None:
-        """Make the next iteration that of `epoch`, without its first `skip` samples."""
-        self.epoch, self.skip = epoch, skip
+    def go_to(self, epoch: int, batch: int) -> None:
+        """Make the next iteration that of `epoch`, without its first batches."""
+        self.epoch, self.batch = epoch, batch
 
     def __len__(self) -> int:
-        return self.count
+        return len(self.sizes)
 
-    def __iter__(self) -> Iterator[tuple[int, int]]:
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         mixed = np.random.SeedSequence([self.seed % 2**64, self.epoch]).generate_state(1, np.uint64)
         generator = torch.Generator().manual_seed(int(mixed[0]))
         order = torch.arange(self.count)
@@ -253,38 +265,11 @@ class _Epochs(Sampler[tuple[int, int]]):
         elif self.shuffle:
             order = torch.randperm(self.count, generator=generator)
         seeds = torch.randint(2**32, (self.count,), generator=generator)
-        skip = self.skip
-        self.go_to(self.epoch + 1, skip=0)
-        return iter(list(zip(order.tolist(), seeds.tolist(), strict=True))[skip:])
-
-
-class _Batches(Sampler[list[tuple[int, int]]]):
-    """This process's part of each batch of an epoch."""
-
-    def __init__(
-        self,
-        epochs: _Epochs,
-        batch_size: int,
-        *,
-        drop_last: bool,
-        part: Callable[[int], Sequence[int]],
-    ) -> None:
-        self.epochs = epochs
-        self.batch_size = batch_size
-        self.part = part
-        whole, rest = divmod(len(epochs), batch_size)
-        self.sizes = [batch_size] * whole + ([rest] if rest and not drop_last else [])
-
-    def __len__(self) -> int:
-        return len(self.sizes)
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        left = iter(self.epochs)
-        # An epoch that is entered in the middle has fewer batches than `sizes`, so the loop ends
-        # where the samples do.
-        while batch := list(islice(left, self.batch_size)):
-            if len(batch) not in (self.batch_size, self.sizes[-1]):
-                return
+        samples = list(zip(order.tolist(), seeds.tolist(), strict=True))
+        starts = range(0, sum(self.sizes), self.batch_size)[self.batch :]
+        self.go_to(self.epoch + 1, batch=0)
+        for start in starts:
+            batch = samples[start : start + self.batch_size]
             yield [batch[place] for place in self.part(len(batch))]
 
 

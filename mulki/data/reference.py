@@ -150,7 +150,7 @@ def _checked(
     folder: Path, captions: Mapping[str, str | None], skip_bad_images: bool
 ) -> ReferenceSet:
     # The readable images among those of `captions`, which has None for each where none is needed.
-    images = ImageFiles.unlabelled(folder, captions)
+    images = ImageFiles.of(folder, dict.fromkeys(captions, 0))
     bad = find_unreadable([images], skip_bad_images=skip_bad_images)
     kept = images.without(bad)
     words = tuple(word for name in kept.files if (word := captions[name]) is not None)

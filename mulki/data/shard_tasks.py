@@ -92,8 +92,6 @@ def shard_task(
     # Before unreadable images are left out, which would change the division.
     splits = [images for images, _ in read]
     of_val = [splits.pop()] if validation else []
-    if not found[0]:  # nothing to learn
-        splits.insert(0, splits[0].chosen([False] * len(splits[0])))
     whole = divided(splits, test_fraction, where=str(root), classes=classes)
     train, test, *val = (readable(images, (), {*skipped})[0] for images in (*whole, *of_val))
     if not test_only and (emptied := class_without_images(train, classes)) is not None:

@@ -69,7 +69,7 @@ class RunContents:
     @property
     def evaluated(self) -> bool:
         """Whether the matrix has a row."""
-        return bool(self.data.matrix.tasks) or self.data.matrix.zero_shot is not None
+        return bool(self.data.matrix.named_rows())
 
 
 def read_contents(folder: str | os.PathLike[str]) -> RunContents:

@@ -12,7 +12,6 @@ from mulki.report.contents import RunContents
 from mulki.report.plot import COLOURS, DIM, TEXT, Plot, entry, look, plain_log
 from mulki.report.tables import measure_of, recalls_of
 from mulki.runs.history import BINS, StepRecord, mean_seconds
-from mulki.runs.metrics import ZERO_SHOT
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -46,8 +45,7 @@ def thinned(history: Sequence[StepRecord], points: int = _POINTS) -> list[StepRe
 
 def _of_matrix(contents: RunContents) -> Iterator[Plot]:
     matrix, seen = contents.data.matrix, contents.data.class_incremental
-    rows = [] if matrix.zero_shot is None else [(ZERO_SHOT, matrix.zero_shot)]
-    rows += list(zip(matrix.tasks, matrix.rows, strict=True))
+    rows = matrix.named_rows()
     names = [name for name, _ in rows]
     shown = [name for name in (*matrix.tasks, *matrix.columns) if name in matrix.columns]
     shown = list(dict.fromkeys(shown))

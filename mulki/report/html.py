@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from mulki.data.sequences import has_orders
+from mulki.data.subset import in_turns
 from mulki.errors import counted
 from mulki.report.contents import RunContents
 from mulki.report.figures import plots
@@ -271,17 +272,11 @@ def _examples(examples: list[Example]) -> dict[str, list[Example]]:
     most = max(_IMAGES // max(len(found), 1), 1)
     # Half of them gained and half lost, where there are as many.
     return {
-        name: sorted(of, key=lambda e: e.kind)[:most]
+        name: sorted(of, key=lambda e: e.kind)
         if len(of) <= most
-        else [e for pair in _pairs(of) for e in pair][:most]
+        else [of[place] for place in in_turns([e.kind for e in of])[:most]]
         for name, of in found.items()
     }
-
-
-def _pairs(examples: list[Example]) -> list[list[Example]]:
-    gained, lost = ([e for e in examples if e.kind == kind] for kind in ("gained", "lost"))
-    longest = max(len(gained), len(lost))
-    return [[*gained[i : i + 1], *lost[i : i + 1]] for i in range(longest)]
 
 
 @dataclass(frozen=True)

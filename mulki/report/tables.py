@@ -66,10 +66,9 @@ def display_rows(
     """Yield the name of each row and its cells, in the order of :func:`display_columns`."""
     columns = display_columns(matrix)
     order = [matrix.columns.index(column) for column in columns]
-    if matrix.zero_shot is not None:
-        yield ZERO_SHOT, [(matrix.zero_shot[j], "other") for j in order]
-    for i, (task, row) in enumerate(zip(matrix.tasks, matrix.rows, strict=True)):
-        yield task, [(row[j], _cell_kind(i, k, len(matrix.tasks))) for k, j in enumerate(order)]
+    first = 0 if matrix.zero_shot is None else -1
+    for i, (name, row) in enumerate(matrix.named_rows(), start=first):
+        yield name, [(row[j], _cell_kind(i, k, len(matrix.tasks))) for k, j in enumerate(order)]
 
 
 def _cell_kind(i: int, k: int, learned: int) -> Cell:

@@ -32,7 +32,7 @@ import numpy.typing as npt
 
 from mulki.errors import InputError
 from mulki.files import check_regular, check_zip, replacing
-from mulki.runs.metrics import ZERO_SHOT, read_matrix
+from mulki.runs.metrics import read_matrix
 
 BoolArray = npt.NDArray[np.bool_]
 IntArray = npt.NDArray[np.int32]
@@ -49,6 +49,8 @@ ACC1_HEAD = "acc1_head"
 # Before the names of arrays of answers with the head of class statistics.
 _HEAD = "head_"
 
+# Whole numbers, which answers need not have.
+_NUMBERS = ("said", f"{_HEAD}said", "image_ranks", "text_ranks")
 _CHECKSUM = "sha256"
 # Of the recalls that are reported.
 _DEPTHS = (1, 5)
@@ -176,12 +178,10 @@ def read_answers(folder: str | os.PathLike[str]) -> dict[str, dict[str, Answers]
         raise InputError(
             f"{folder / FOLDER}: no such folder; pass a run folder with answers, or run it again"
         )
-    rows = list(enumerate(zip(matrix.tasks, matrix.rows, strict=True), start=1))
-    if matrix.zero_shot is not None:
-        rows.insert(0, (0, (ZERO_SHOT, matrix.zero_shot)))
     found: dict[str, dict[str, Answers]] = {}
     sizes: dict[str, int] = {}
-    for index, (name, accuracies) in rows:
+    first = 0 if matrix.zero_shot is not None else 1
+    for index, (name, accuracies) in enumerate(matrix.named_rows(), start=first):
         path = answers_path(folder, index, name)
         found[name] = _read(path, matrix.columns, matrix.tasks, index)
         for column, accuracy in zip(matrix.columns, accuracies, strict=True):
@@ -206,7 +206,7 @@ def _read(
     try:
         check_zip(path)
         with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
+            arrays: dict[str, Any] = {name: file[name] for name in file.files}
     except FileNotFoundError:
         raise _damaged(path, "no such file") from None
     except InputError:
@@ -215,63 +215,49 @@ def _read(
         raise _damaged(path, f"cannot be read: {error}") from None
     if _CHECKSUM in arrays and not np.array_equal(arrays.pop(_CHECKSUM), _digest(arrays)):
         raise _damaged(path, "its content does not have its checksum")
-    said, head_said, of_images, of_texts = (
-        {name: arrays.pop(f"{kind}/{name}") for name in columns if f"{kind}/{name}" in arrays}
-        for kind in ("said", f"{_HEAD}said", "image_ranks", "text_ranks")
-    )
-    classes = [name for name in tasks[:learned] if name not in of_images]
+    captions = [name for name in columns if f"image_ranks/{name}" in arrays]
+    classes = [name for name in tasks[:learned] if name not in captions]
     # One that an earlier run has learned may have no row in this one.
     classes += [n for n in columns if n not in tasks and f"seen/{n}" in arrays]
     wanted = {f"own/{name}" for name in columns} | {f"seen/{name}" for name in classes}
-    if head_said:
-        wanted |= {f"{_HEAD}own/{name}" for name in columns if name not in of_images}
+    if any(f"{_HEAD}said/{name}" in arrays for name in columns):
+        wanted |= {f"{_HEAD}own/{name}" for name in columns if name not in captions}
         wanted |= {f"{_HEAD}seen/{name}" for name in classes}
-    if arrays.keys() != wanted:
-        odd = min(arrays.keys() ^ wanted)
+    numbers = {f"{kind}/{name}" for kind in _NUMBERS for name in columns}
+    if unlike := (arrays.keys() ^ wanted) - numbers:
+        odd = min(unlike)
         raise _damaged(path, f"{odd} is {'missing' if odd in wanted else 'not expected'}")
-    for name, array in arrays.items():
-        if array.dtype != np.bool_ or array.ndim != 1 or not len(array):
-            raise _damaged(path, f"{name} is {array.dtype} {list(array.shape)}, not booleans [n]")
-    for kind, numbers in (
-        ("said", said),
-        (f"{_HEAD}said", head_said),
-        ("image_ranks", of_images),
-        ("text_ranks", of_texts),
-    ):
-        for name, array in numbers.items():
-            if array.dtype != np.int32 or array.ndim != 1 or not len(array):
-                raise _damaged(path, f"{kind}/{name} is no list of whole numbers")
-    if of_images.keys() != of_texts.keys():
-        odd = min(of_images.keys() ^ of_texts.keys())
-        raise _damaged(path, f"one of image_ranks/{odd} and text_ranks/{odd} is missing")
-    answers = {
-        name: Answers(
-            arrays[f"own/{name}"],
-            arrays.get(f"seen/{name}"),
-            said.get(name),
-            Ranks(of_images[name], of_texts[name]) if name in of_images else None,
-            Answers(
-                arrays[f"{_HEAD}own/{name}"],
-                arrays.get(f"{_HEAD}seen/{name}"),
-                head_said.get(name),
+    for key, array in arrays.items():
+        dtype = np.int32 if key in numbers else np.bool_
+        if array.dtype != dtype or array.ndim != 1 or not len(array):
+            wrong = f"{array.dtype} {list(array.shape)}, not booleans [n]"
+            raise _damaged(
+                path, f"{key} is {'no list of whole numbers' if key in numbers else wrong}"
             )
-            if f"{_HEAD}own/{name}" in arrays
-            else None,
+    for key, array in arrays.items():
+        kind, _, name = key.partition("/")
+        images = len(arrays[f"own/{name}"])
+        if not kind.endswith("_ranks") and len(array) != images:
+            raise _damaged(path, f"{key} has {len(array)} images of {images}")
+    answers = {}
+    for name in columns:
+        if (name in captions) != (f"text_ranks/{name}" in arrays):
+            raise _damaged(path, f"one of image_ranks/{name} and text_ranks/{name} is missing")
+        by_texts, by_head = (
+            {
+                kind: arrays[key]
+                for kind in ("own", "seen", "said")
+                if (key := f"{prefix}{kind}/{name}") in arrays
+            }
+            for prefix in ("", _HEAD)
         )
-        for name in columns
-    }
-    for name, each in answers.items():
-        if each.ranks is not None and not np.array_equal(each.ranks.images == 0, each.own):
-            raise _damaged(path, f"image_ranks/{name} are not those of own/{name}")
-        images = len(each.own)
-        for of, prefix in ((each, ""), (each.head, _HEAD)):
-            if of is None:
-                continue
-            for kind, array in (("own", of.own), ("said", of.said), ("seen", of.seen)):
-                if array is not None and len(array) != images:
-                    raise _damaged(
-                        path, f"{prefix}{kind}/{name} has {len(array)} images of {images}"
-                    )
+        ranks = None
+        if name in captions:
+            ranks = Ranks(arrays[f"image_ranks/{name}"], arrays[f"text_ranks/{name}"])
+            if not np.array_equal(ranks.images == 0, by_texts["own"]):
+                raise _damaged(path, f"image_ranks/{name} are not those of own/{name}")
+        head = Answers(**by_head) if "own" in by_head else None
+        answers[name] = Answers(**by_texts, ranks=ranks, head=head)
     return answers
 
 

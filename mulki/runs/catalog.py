@@ -15,16 +15,16 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
+from mulki.data.caption_task import CaptionedImages
+from mulki.data.subset import in_turns
+from mulki.data.task import Task
 from mulki.errors import InputError
 from mulki.files import from_json, write_atomic
 from mulki.runs.answers import Answers
-
-if TYPE_CHECKING:
-    from mulki.data import Task
 
 #: The files in a run folder.
 TASKS, EXAMPLES = "tasks.json", "examples.json"
@@ -124,9 +124,6 @@ def write_examples(
         after_task: the name of the later row.
         after: its answers.
     """
-    # Here, since reports, which read these files, do without torch.
-    from mulki.data.caption_task import CaptionedImages
-
     classes = [name for task in tasks for name in task.classes]
     examples = []
     for task in tasks:
@@ -140,7 +137,9 @@ def write_examples(
         else:
             targets, names, every = task.test.targets, task.classes, classes
         for kind, which in (("gained", ~old.own & new.own), ("lost", old.own & ~new.own)):
-            for place in _spread(np.flatnonzero(which).tolist(), targets):
+            places = np.flatnonzero(which).tolist()
+            for turn in in_turns([targets[place] for place in places])[:_EACH]:
+                place = places[turn]
                 examples.append(
                     Example(
                         task.name,
@@ -171,17 +170,6 @@ def read_examples(folder: Path) -> list[Example]:
     except (TypeError, ValueError):
         raise _damaged(folder / EXAMPLES) from None
     return found
-
-
-def _spread(places: Sequence[int], targets: Sequence[int]) -> list[int]:
-    # The first image of each class, then the second of each, and so on.
-    seen: dict[int, int] = {}
-    ranked = []
-    for place in places:
-        rank = seen.get(targets[place], 0)
-        seen[targets[place]] = rank + 1
-        ranked.append((rank, place))
-    return [place for _, place in sorted(ranked)[:_EACH]]
 
 
 def _copy(task: Task, place: int) -> str:

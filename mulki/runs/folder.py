@@ -197,7 +197,7 @@ class RunFolder:
         sweep(path)
         results = path / "results.jsonl"
         if results.exists():
-            rows = {*run.matrix.tasks, *([] if run.matrix.zero_shot is None else [ZERO_SHOT])}
+            rows = dict(run.matrix.named_rows())
             lines = [line for line in read_evaluations(results) if line.after_task in rows]
             run.class_incremental = class_incremental(lines, run.matrix.tasks)
             run.with_head = WithHead.of_lines(lines, run.matrix.columns, run.matrix.tasks)
@@ -248,65 +248,49 @@ class RunFolder:
 
     def record(
         self,
-        *,
         after_task: str,
         eval_dataset: str,
-        value: float,
-        n: int,
-        seconds: float,
-        step: int,
-        metric: str = ACC1,
-    ) -> Evaluation:
-        """Append one :class:`Evaluation` to ``results.jsonl`` and return it.
-
-        The line has been written to the file when this returns. Raises :class:`InputError` for a
-        value that is not finite.
-        """
-        evaluation = Evaluation(
-            run=self.name,
-            order=self.order,
-            seed=self.seed,
-            step=step,
-            after_task=after_task,
-            eval_dataset=eval_dataset,
-            metric=metric,
-            value=float(value),
-            n=int(n),
-            seconds=round(float(seconds), 3),
-            method=self.method,
-            model=self.model,
-        )
-        try:
-            line = json.dumps(asdict(evaluation), allow_nan=False)
-        except ValueError:
-            raise InputError(
-                f'{metric} on "{eval_dataset}" after "{after_task}": got {value}, wanted a '
-                "finite number; the model has diverged: lower the learning rate"
-            ) from None
-        with (self.path / "results.jsonl").open("a", encoding="utf-8") as stream:
-            stream.write(line + "\n")
-        sync(self.path / "results.jsonl")
-        if eval_dataset in self.matrix.columns and metric in (ACC1, RECALL1):
-            self._test_images[eval_dataset] = evaluation.n
-        curves = {f"{eval_dataset}/{metric}": value}
-        if metric == ACC1:
-            # As open_clip calls it, a fraction there.
-            curves[f"val/{eval_dataset}-zeroshot-val-top1"] = value / 100
-        self.scalars(curves, step)
-        return evaluation
-
-    def record_all(
-        self,
-        after_task: str,
-        name: str,
         found: Mapping[str, tuple[float, int]],
         seconds: float,
         step: int,
     ) -> None:
-        """:meth:`record` of a data set's metrics, each with its number of samples."""
-        of = {"after_task": after_task, "eval_dataset": name}
+        """Append an :class:`Evaluation` to ``results.jsonl`` for each metric of a data set.
+
+        ``found`` has the value of each, and the number of samples. The lines have been written to
+        the file when this returns. Raises :class:`InputError` for a value that is not finite.
+        """
         for metric, (value, n) in found.items():
-            self.record(**of, value=value, n=n, seconds=seconds, step=step, metric=metric)
+            evaluation = Evaluation(
+                run=self.name,
+                order=self.order,
+                seed=self.seed,
+                step=step,
+                after_task=after_task,
+                eval_dataset=eval_dataset,
+                metric=metric,
+                value=float(value),
+                n=int(n),
+                seconds=round(float(seconds), 3),
+                method=self.method,
+                model=self.model,
+            )
+            try:
+                line = json.dumps(asdict(evaluation), allow_nan=False)
+            except ValueError:
+                raise InputError(
+                    f'{metric} on "{eval_dataset}" after "{after_task}": got {value}, wanted a '
+                    "finite number; the model has diverged: lower the learning rate"
+                ) from None
+            with (self.path / "results.jsonl").open("a", encoding="utf-8") as stream:
+                stream.write(line + "\n")
+            sync(self.path / "results.jsonl")
+            if eval_dataset in self.matrix.columns and metric in (ACC1, RECALL1):
+                self._test_images[eval_dataset] = evaluation.n
+            curves = {f"{eval_dataset}/{metric}": value}
+            if metric == ACC1:
+                # As open_clip calls it, a fraction there.
+                curves[f"val/{eval_dataset}-zeroshot-val-top1"] = value / 100
+            self.scalars(curves, step)
 
     def add_answers(
         self,
@@ -322,13 +306,13 @@ class RunFolder:
         as in :class:`Evaluation`. Accuracies go to ``results.jsonl``, the answers to ``answers/``.
         """
         for name, each in answers.items():
-            self.record_all(after_task, name, each.metrics(), seconds[name], step)
+            self.record(after_task, name, each.metrics(), seconds[name], step)
         learned = {name: each for name, each in answers.items() if each.seen is not None}
 
         def record_seen(metric: str, seen: Iterable[Answers]) -> float:
             found = {metric: seen_accuracy(seen)}
             of_all = sum(seconds[name] for name in learned)
-            self.record_all(after_task, ALL_SEEN, found, of_all, step)
+            self.record(after_task, ALL_SEEN, found, of_all, step)
             return found[metric][0]
 
         if learned:
@@ -366,14 +350,9 @@ class RunFolder:
             self.scalars(known, len(matrix.tasks), "tasks")
 
     @property
-    def evaluated(self) -> bool:
-        """Whether there is a row of results."""
-        return bool(self.matrix.tasks) or self.matrix.zero_shot is not None
-
-    @property
     def rows(self) -> int:
         """The number of rows of results, the zero-shot one included."""
-        return len(self.matrix.tasks) + (self.matrix.zero_shot is not None)
+        return len(self.matrix.named_rows())
 
     def finish(self, status: Status = "complete") -> None:
         """Write ``summary.json`` with this status."""

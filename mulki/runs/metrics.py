@@ -26,7 +26,7 @@ import io
 import math
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -128,43 +128,19 @@ def stacked_metrics(a: FloatArray) -> dict[str, FloatArray]:
 
     Those that are undefined for T = 1 are left out there.
     """
-    defined = _FORMULAS if a.shape[-1] > 1 else {"average": _average, "last": _last}
-    return {name: formula(a) for name, formula in defined.items()}
-
-
-# The formulas on [..., T, T].
-def _transfer(a: FloatArray) -> FloatArray:
-    return _mean([a[..., :j, j].mean(axis=-1) for j in range(1, a.shape[-1])])
-
-
-def _average(a: FloatArray) -> FloatArray:
-    return np.asarray(a.mean(axis=(-2, -1)))
-
-
-def _last(a: FloatArray) -> FloatArray:
-    return np.asarray(a[..., -1, :].mean(axis=-1))
-
-
-def _forgetting(a: FloatArray) -> FloatArray:
     end = a.shape[-1] - 1
-    return _mean([a[..., j:end, j].max(axis=-1) - a[..., end, j] for j in range(end)])
-
-
-def _bwt(a: FloatArray) -> FloatArray:
-    return _mean([a[..., -1, j] - a[..., j, j] for j in range(a.shape[-1] - 1)])
-
-
-def _mean(terms: list[FloatArray]) -> FloatArray:
-    return np.asarray(np.mean(terms, axis=0))
-
-
-_FORMULAS: dict[str, Callable[[FloatArray], FloatArray]] = {
-    "transfer": _transfer,
-    "average": _average,
-    "last": _last,
-    "forgetting": _forgetting,
-    "bwt": _bwt,
-}
+    found = {"average": a.mean(axis=(-2, -1)), "last": a[..., end, :].mean(axis=-1)}
+    if not end:
+        return found
+    transfer = [a[..., :j, j].mean(axis=-1) for j in range(1, end + 1)]
+    forgetting = [a[..., j:end, j].max(axis=-1) - a[..., end, j] for j in range(end)]
+    bwt = [a[..., end, j] - a[..., j, j] for j in range(end)]
+    return {
+        "transfer": np.mean(transfer, axis=0),
+        **found,
+        "forgetting": np.mean(forgetting, axis=0),
+        "bwt": np.mean(bwt, axis=0),
+    }
 
 
 @dataclass(frozen=True)
@@ -244,10 +220,7 @@ class AccuracyMatrix:
                 f"rows: got {len(self.rows)} for {len(self.tasks)} learned tasks; "
                 "pass one row per learned task"
             )
-        named = list(zip(self.tasks, self.rows, strict=True))
-        if self.zero_shot is not None:
-            named.insert(0, (ZERO_SHOT, self.zero_shot))
-        for name, row in named:
+        for name, row in self.named_rows():
             if len(row) != len(self.columns):
                 raise InputError(
                     f'row "{name}": got {len(row)} values for {len(self.columns)} columns; '
@@ -260,6 +233,11 @@ class AccuracyMatrix:
                         f'row "{name}", column "{column}": got {value}, wanted a percentage from 0 '
                         "to 100; evaluate again or correct it"
                     )
+
+    def named_rows(self) -> list[tuple[str, tuple[float, ...]]]:
+        """Return name and accuracies of each row, the zero-shot one first if it is there."""
+        first = [] if self.zero_shot is None else [(ZERO_SHOT, self.zero_shot)]
+        return [*first, *zip(self.tasks, self.rows, strict=True)]
 
     def with_row(self, after_task: str, accuracies: Mapping[str, float]) -> AccuracyMatrix:
         """Return this matrix with one more row; ``accuracies`` maps each column to its percent.
@@ -395,8 +373,6 @@ def write_matrix(path: str | os.PathLike[str], matrix: AccuracyMatrix) -> None:
     buffer = io.StringIO(newline="")
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow([AFTER_TASK, *matrix.columns])
-    if matrix.zero_shot is not None:
-        writer.writerow([ZERO_SHOT, *(f"{value:.4f}" for value in matrix.zero_shot)])
-    for task, row in zip(matrix.tasks, matrix.rows, strict=True):
-        writer.writerow([task, *(f"{value:.4f}" for value in row)])
+    for name, row in matrix.named_rows():
+        writer.writerow([name, *(f"{value:.4f}" for value in row)])
     write_atomic(path, buffer.getvalue())

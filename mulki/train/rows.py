@@ -143,7 +143,7 @@ class Rows:
         if folder is None:
             return
         for name, values in row.drift.items():
-            folder.record_all(after_task, name, values, row.drift_seconds, steps)
+            folder.record(after_task, name, values, row.drift_seconds, steps)
         folder.add_answers(after_task, row.answers, seconds=row.seconds, step=steps)
         shown = ", ".join(f"{name} {each.accuracy:.1f}" for name, each in row.answers.items())
         seen = folder.class_incremental.after.get(after_task)

@@ -109,11 +109,11 @@ def run(
                     _Sequence(setup, bar, signals).learn()
             finally:
                 # A second signal ends this, too.
-                if folder is not None and folder.evaluated:
+                if folder is not None and folder.rows:
                     _write_report(folder)
         except (Stopped, ProcessLost) as stopped:
             if folder is not None:
-                stopped.results = str(folder.path) if folder.evaluated else None
+                stopped.results = str(folder.path) if folder.rows else None
                 stopped.resume = str(folder.path)
             raise
     return folder

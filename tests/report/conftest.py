@@ -41,7 +41,7 @@ def folder(tmp_path: Path) -> Path:
         hashes={"weights": "0123abcd", "splits": {"digits": "4567"}, "prompts": None},
     )
     for name, n in zip(SMALL.columns, (300, 400, 500), strict=True):
-        run.record(after_task=ZERO_SHOT, eval_dataset=name, value=1.0, n=n, seconds=1.0, step=0)
+        run.record(ZERO_SHOT, name, {"acc1": (1.0, n)}, seconds=1.0, step=0)
     for after, row in [
         (ZERO_SHOT, SMALL.zero_shot or ()),
         *zip(SMALL.tasks, SMALL.rows, strict=True),

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mulki.runs.folder import RunFolder
-from mulki.runs.results import Evaluation
+from mulki.runs.results import Evaluation, read_evaluations
 
 COLUMNS = ("letters", "digits", "flags")
 
@@ -29,16 +29,10 @@ def row(*values: float) -> dict[str, float]:
 
 
 def evaluate(run: RunFolder, after: str, value: float = 50.0, **changes: Any) -> Evaluation:
-    arguments: dict[str, Any] = {
-        "after_task": after,
-        "eval_dataset": "digits",
-        "value": value,
-        "n": 600,
-        "seconds": 1.5,
-        "step": 5,
-        **changes,
-    }
-    return run.record(**arguments)
+    found = {changes.pop("metric", "acc1"): (value, changes.pop("n", 600))}
+    arguments = {"eval_dataset": "digits", "found": found, "seconds": 1.5, "step": 5, **changes}
+    run.record(after, **arguments)
+    return read_evaluations(run.path / "results.jsonl")[-1]
 
 
 def summary_of(path: Path) -> dict[str, Any]:

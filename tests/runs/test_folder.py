@@ -205,7 +205,7 @@ from mulki.runs.folder import RunFolder
 run = RunFolder.create(sys.argv[1], "first", method="mulki", order="I", seed=3,
                        columns=("letters", "digits", "flags"), config={})
 with run:
-    run.record(after_task="digits", eval_dataset="digits", value=2.0, n=9, seconds=1.0, step=5)
+    run.record("digits", "digits", {"acc1": (2.0, 9)}, seconds=1.0, step=5)
     run.add_row("digits", {"letters": 1.0, "digits": 2.0, "flags": 3.0})
     os.kill(os.getpid(), signal.SIGKILL)
 """

@@ -76,37 +76,14 @@ def prepare(
     for name in names:
         says(f"{name}: reading")
         try:
-            yield _checked(collection, name, source, says)
-            continue
-        except NotThere as error:
-            missing = error
-        except InputError as error:
-            yield State(name, None, str(error))
-            continue
-        if not (missing.helped_by_download and downloadable(entry(name))):
-            yield State(name, None, str(missing))
-            continue
-        says(f"{name}: downloading")
-        partial = root / PARTIAL / name
-        try:
-            with _paths_checked():
-                _download(entry(name), partial, root)
-        except ModuleNotFoundError as error:
-            yield State(name, None, str(without_package(name, error)))
-            continue
-        except Exception as error:  # urllib, ssl, tarfile, zipfile and torchvision have their own
-            reason = " ".join(str(error).split()) or type(error).__name__
-            yield State(
-                name,
-                None,
-                f"{name}: the download failed ({reason}); check the network and start the command "
-                f"again, which goes on from there, or get the files from {entry(name).home}",
-            )
-            continue
-        finally:
-            _remove_empty(partial)
-        try:
-            yield _checked(collection, name, source, says)
+            try:
+                yield _checked(collection, name, source, says)
+            except NotThere as missing:
+                if not (missing.helped_by_download and downloadable(entry(name))):
+                    raise
+                says(f"{name}: downloading")
+                _download(entry(name), root)
+                yield _checked(collection, name, source, says)
         except InputError as error:
             yield State(name, None, str(error))
 
@@ -148,16 +125,32 @@ def _files(images: ImageSet) -> list[ImageFiles]:
     return [images] if isinstance(images, ImageFiles) else []
 
 
-def _download(facts: Entry, folder: Path, root: Path) -> None:
+def _download(facts: Entry, root: Path) -> None:
+    partial = root / PARTIAL / facts.name
+    try:
+        with _paths_checked():
+            _fetch(facts, partial, root)
+    except ModuleNotFoundError as error:
+        raise without_package(facts.name, error) from None
+    except Exception as error:  # urllib, ssl, tarfile, zipfile and torchvision have their own
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise InputError(
+            f"{facts.name}: the download failed ({reason}); check the network and start the "
+            f"command again, which goes on from there, or get the files from {facts.home}"
+        ) from None
+    finally:
+        _remove_empty(partial)
+
+
+def _fetch(facts: Entry, folder: Path, root: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    _keep_archives(folder)
+    # Files that were only half unpacked when a download was interrupted would go unnoticed.
+    _remove_files(folder, archives=False)
     for archive in facts.archives:
         _unpack(archive, folder)
     if not facts.archives:
         torchvision_sets.dataset(torchvision_sets.DOWNLOADS[facts.name], folder, download=True)
-    for path in list(folder.rglob("*")):
-        if path.is_file() and path.name.endswith(_ARCHIVES):
-            path.unlink()
+    _remove_files(folder, archives=True)
     for made in sorted(folder.iterdir()):
         place = root / made.name
         if place.exists():
@@ -211,8 +204,7 @@ def _free(path: Path) -> Path:
     return next(each for each in names if not each.exists())
 
 
-def _keep_archives(folder: Path) -> None:
-    # Files that were only half unpacked when a download was interrupted would go unnoticed.
+def _remove_files(folder: Path, *, archives: bool) -> None:
     for path in list(folder.rglob("*")):
-        if path.is_file() and not path.name.endswith(_ARCHIVES):
+        if path.is_file() and path.name.endswith(_ARCHIVES) is archives:
             path.unlink()

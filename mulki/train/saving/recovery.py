@@ -32,7 +32,6 @@ from mulki.report.comparison.groups import NEUTRAL
 from mulki.runs.answers import FOLDER as ANSWERS
 from mulki.runs.folder import RunFolder
 from mulki.runs.lock import FolderLock
-from mulki.runs.metrics import ZERO_SHOT
 from mulki.runs.new_folder import RECOVERY
 from mulki.runs.reading import read_json
 from mulki.runs.results import read_evaluations
@@ -296,10 +295,9 @@ def open_to_resume(path: Path, config: RunConfig) -> RunFolder:
 
 def _check_lines(folder: RunFolder) -> None:
     # Lines are on disk before the row that they make, but a copy may have been made in between.
-    names = [*([] if folder.matrix.zero_shot is None else [ZERO_SHOT]), *folder.matrix.tasks]
     results = folder.path / "results.jsonl"
     found = {line.after_task for line in read_evaluations(results)} if results.exists() else set()
-    for name in names:
+    for name, _ in folder.matrix.named_rows():
         if name not in found:
             raise InputError(
                 f"--resume: {results} has no line of the row {name} of matrix.csv, as in a copy "
