@@ -224,9 +224,7 @@ def stored(subject: Mapping[str, str]) -> dict[str, Verdict] | None:
         found = json.loads(text)
         if found["subject"] != subject:
             return None
-        verdicts = [
-            Verdict(**item | {"problems": tuple(item["problems"])}) for item in found["verdicts"]
-        ]
+        verdicts = [_verdict(item) for item in found["verdicts"]]
     except (OSError, RuntimeError, KeyError, TypeError, ValueError):
         return None
     return {verdict.place: verdict for verdict in verdicts}
@@ -266,3 +264,18 @@ def folder() -> Path:
     """
     cache = os.environ.get("MULKI_CACHE_DIR", "")
     return (Path(cache) if cache else Path.home() / ".cache" / "mulki") / "proofs"
+
+
+def _verdict(item: Any) -> Verdict:
+    def speedup(name: str) -> float | None:
+        return None if item[name] is None else float(item[name])
+
+    return Verdict(
+        str(item["operator"]),
+        str(item["numbers"]),
+        str(item["size"]),
+        tuple(map(str, item["problems"])),
+        speedup("speedup"),
+        speedup("forward_speedup"),
+        item["failure"],
+    )

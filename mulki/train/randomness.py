@@ -59,8 +59,11 @@ def random_state(*devices: torch.device) -> list[Any]:
     Args:
         devices: whose generators are among them, beside that of the CPU.
     """
-    kind, keys, *rest = np.random.get_state(legacy=True)
-    state = [random.getstate(), [kind, np.asarray(keys).tolist(), *rest], torch.get_rng_state()]
+    of_numpy: Any = np.random.get_state()
+    if not isinstance(of_numpy, dict):  # which other generators than the usual one have
+        kind, keys, *rest = of_numpy
+        of_numpy = [kind, np.asarray(keys).tolist(), *rest]
+    state = [random.getstate(), of_numpy, torch.get_rng_state()]
     return state + [_generator_state(each) for each in devices if each.type != "cpu"]
 
 
@@ -68,7 +71,7 @@ def set_random_state(state: Sequence[Any], *devices: torch.device) -> None:
     """Undo what was drawn since `random_state` of the same devices."""
     (version, words, gauss), of_numpy, of_torch, *of_devices = state
     random.setstate((version, tuple(words), gauss))
-    np.random.set_state(tuple(of_numpy))
+    np.random.set_state(of_numpy if isinstance(of_numpy, dict) else tuple(of_numpy))
     torch.set_rng_state(of_torch)
     others = (each for each in devices if each.type != "cpu")
     for device, of_device in zip(others, of_devices, strict=False):
