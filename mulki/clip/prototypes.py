@@ -69,6 +69,7 @@ class Prototypes(nn.Module):
         momentum: m in [0, 1], used by "ema" and "batch".
 
     Raises:
+        TypeError: a momentum that is no number.
         ValueError: an unknown `update`, or a momentum out of bounds.
 
     Examples:

@@ -50,6 +50,7 @@ def divided(
         InputError: see `held_out`.
     """
     if len(splits) == 2:
+        assert test_fraction is None
         return splits[0], splits[1]
     (images,) = splits
     tested = [True] * len(images.targets)

@@ -141,9 +141,11 @@ def huggingface_task(
     folders, test_fraction = _splits(root, test_fraction, test_only)
     validation = None if test_only else validation_split(root)
     every = folders if validation is None else [*folders, validation]
-    read = [_read(folder, image, label) for folder in every]
-    classes = read[0][1]
-    for folder, (_, others) in zip(every, read, strict=True):
+    splits, classes = [], None
+    for folder in every:
+        images, others = _read(folder, image, label)
+        splits.append(images)
+        classes = others if classes is None else classes
         if classes != others:
             names = folders[0].name, folder.name
             differing = classes_of_one_split(classes, others, names)
@@ -152,7 +154,7 @@ def huggingface_task(
                 f"({differing or 'the same ones in another order'}); cast both to one ClassLabel "
                 "and save them again"
             )
-    splits = [images for images, _ in read]
+    assert classes is not None
     of_val = splits[len(folders) :]
     if of_val and not len(of_val[0]):
         raise InputError(

@@ -157,7 +157,8 @@ class Method(nn.Module):
     gets the state dict before `start_task`, as far as it fits, and again after it. Its tensors take
     the sizes that they had; a parameter has to have its size again after `start_task`. What
     `__init__` and `start_task` draw from torch's generator comes from the seed and is the same in
-    all processes.
+    all processes. A method that connects models sets `_connections` in `start_task`, and
+    `penalties`, `after_step` and `end_task` serve it.
 
     Raises:
         InputError: an option is out of bounds.
@@ -178,7 +179,6 @@ class Method(nn.Module):
         super().__init__()
         check_options(options)
         self.options = options
-        # Made by `start_task` of a method that connects models, for one task.
         self._connections: Connections | None = None
 
     @property

@@ -137,9 +137,14 @@ class Served(NamedTuple):
     size: str | None = None  # one of `proofs.SIZES`; None for all
 
 
-# The uses of `use_backend`: objects of their own, since two may name the same backend. The one
-# entered last is in force.
-_forced: tuple[list[str], ...] = ()
+class _Forced:
+    """One use of `use_backend`: an object of its own, since two may name the same backend."""
+
+    def __init__(self, name: str):
+        self.name = name
+
+
+_forced: tuple[_Forced, ...] = ()  # the one entered last is in force
 _forcing_lock = threading.Lock()
 # Kernels, and why those that should serve in their place fail to.
 _kernels: dict[tuple[Any, ...], tuple[Kernel, str | None]] = {}
@@ -263,7 +268,7 @@ def _refuse_if_strict(fallback: str) -> None:
 
 def _setting() -> str:
     forced = _forced
-    return forced[-1][0] if forced else os.environ.get("MULKI_BACKEND", "auto")
+    return forced[-1].name if forced else os.environ.get("MULKI_BACKEND", "auto")
 
 
 def forget_choices() -> None:
@@ -330,7 +335,7 @@ def use_backend(name: str) -> AbstractContextManager[None]:
 @contextmanager
 def _forcing(name: str) -> Iterator[None]:
     global _forced
-    entry = [name]
+    entry = _Forced(name)
     with _forcing_lock:
         _forced = (*_forced, entry)
     # TRITON_INTERPRET, by which Triton serves CPU tensors or does not, may have changed.

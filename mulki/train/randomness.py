@@ -59,9 +59,9 @@ def random_state(*devices: torch.device) -> list[Any]:
     Args:
         devices: whose generators are among them, beside that of the CPU.
     """
-    of_numpy: Any = np.random.get_state()
-    if not isinstance(of_numpy, dict):  # which other generators than the usual one have
-        kind, keys, *rest = of_numpy
+    of_numpy: Any = np.random.get_state(legacy=False)
+    if of_numpy["bit_generator"] == "MT19937":  # else a program has set another one
+        kind, keys, *rest = np.random.get_state()
         of_numpy = [kind, np.asarray(keys).tolist(), *rest]
     state = [random.getstate(), of_numpy, torch.get_rng_state()]
     return state + [_generator_state(each) for each in devices if each.type != "cpu"]

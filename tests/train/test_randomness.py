@@ -36,6 +36,15 @@ def test_draws_repeat(before: int) -> None:
     assert draws() + draws() == wanted
 
 
+def test_draws_of_another_numpy_generator_repeat() -> None:
+    usual = np.random.get_bit_generator()
+    np.random.set_bit_generator(np.random.PCG64(3))
+    try:
+        test_draws_repeat(1)
+    finally:
+        np.random.set_bit_generator(usual)
+
+
 @pytest.mark.gpu
 def test_draws_on_a_gpu_repeat() -> None:
     device = torch.device("cuda")

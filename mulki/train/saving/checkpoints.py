@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -135,12 +134,19 @@ def _beside(checkpoint: Path, name: str) -> Path:
     return weights.with_name(name if own else f"{Path(name).stem}_{weights.name}")
 
 
-#: The file of class statistics that belongs to a checkpoint, a folder or a file of weights.
-statistics_of = partial(_beside, name="class_statistics.safetensors")
-#: Likewise that of what a method keeps, see `mulki.methods.Method.kept`.
-kept_of = partial(_beside, name="method.safetensors")
-#: Likewise that of the adapters that are merged in it.
-adapters_of = partial(_beside, name="adapters.safetensors")
+def statistics_of(checkpoint: Path) -> Path:
+    """The file of class statistics that belongs to a checkpoint, a folder or a file of weights."""
+    return _beside(checkpoint, "class_statistics.safetensors")
+
+
+def kept_of(checkpoint: Path) -> Path:
+    """The file of what a method keeps, see `mulki.methods.Method.kept`; as `statistics_of`."""
+    return _beside(checkpoint, "method.safetensors")
+
+
+def adapters_of(checkpoint: Path) -> Path:
+    """The file of the adapters that are merged in a checkpoint; as `statistics_of`."""
+    return _beside(checkpoint, "adapters.safetensors")
 
 
 def run_of(checkpoint: Path) -> Path | None:
