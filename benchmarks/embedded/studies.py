@@ -156,6 +156,8 @@ HELD: dict[str, Options] = {
     "anchors 0.5, image to text 0.25": _BEST | _ANCHORS | {"image_text": 0.25},
     "anchors 0.5, text to text 0.25": _BEST | _ANCHORS | {"text_text": 0.25},
     "anchors 0.5, both of these": _BEST | _ANCHORS | {"image_text": 0.25, "text_text": 0.25},
+    "anchors 0.5, without l2": _BEST | _ANCHORS | {"l2": 0.0},
+    "anchors 0.5, without l2, text to text 0.25": _BEST | _ANCHORS | {"l2": 0.0, "text_text": 0.25},
     "anchors 0.5, lower rates of the first layers, 0.2": _BEST | _ANCHORS | {"lr_first_layer": 0.2},
     "anchors 0.5, lower rates of the first layers, 0.5": _BEST | _ANCHORS | {"lr_first_layer": 0.5},
     **{
