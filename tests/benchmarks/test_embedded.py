@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,26 @@ from benchmarks.embedded import compare, figures, studies, tables
 from mulki.clip.models import BUNDLED
 from mulki.errors import InputError
 from mulki.train.config import presets
-from tests import train_helpers
+from tests import ROOT, train_helpers
+
+# What docs/method.md calls the rows of the comparison.
+CALLED = {
+    "zero-shot": "zero_shot",
+    "fine-tuning": "finetune",
+    "WiSE-FT": "wise_ft",
+    "EWC": "ewc",
+    "replay of 500 images": "er",
+    "LwF": "lwf",
+    "LwF-VR": "lwf_vr",
+    "ZSCL": "zscl",
+    "ZSCL, made images": "zscl, made images",
+    "Select-and-Distill": "snd",
+    "Select-and-Distill, made images": "snd, made images",
+    "the same, half the rate": "snd, made images, half the rate",
+    "KeepLoRA": "keeplora",
+    "MulKI": "mulki",
+    "MulKI, adapters": "mulki, adapters",
+}
 
 tiny_models = train_helpers.tiny_models
 start_model = train_helpers.start_model
@@ -213,6 +233,46 @@ def test_a_result_stands_while_its_settings_are_those_of_today(
 def test_the_page_of_results_is_that_of_the_lines() -> None:
     page = tables.page(compare.standing(compare.read_results()))
     assert compare.TABLES.read_text(encoding="utf-8") == page
+
+
+def test_the_docs_show_the_figures_of_the_lines() -> None:
+    """The tables of the six orders and of the sequences in docs/method.md, and the README's."""
+    lines = [r for r in compare.standing(compare.read_results()) if r["study"] == "compare"]
+    method = (ROOT / "docs" / "method.md").read_text(encoding="utf-8")
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+
+    def measured(places: Sequence[str], columns: dict[str, Any]) -> dict[str, list[str]]:
+        of = [r for r in lines if tables.place_of(r["options"]) in places]
+        found = rows(tables.table(of, columns))
+        return {name: cells[1 : 1 + len(columns)] for name, cells in found.items()}
+
+    def shown(after: str, before: str) -> dict[str, list[str]]:
+        part = method.partition(after)[2].partition(before)[0]
+        return {CALLED[name]: cells for name, cells in rows(part).items() if name in CALLED}
+
+    def agree(cells: dict[str, list[str]], found: dict[str, list[str]]) -> None:
+        assert set(cells) == set(found) & set(studies.ROWS)
+        for name, of in cells.items():
+            values = [float(cell.split()[0]) for cell in found[name]]
+            # Both are rounded.
+            assert [float(cell) for cell in of] == pytest.approx(values, abs=0.0551), name
+
+    columns = {name: of for name, of in tables.OF_ORDERS.items() if name != "transfer"}
+    found = measured(studies.ORDERS, columns)
+    means = shown("### Six tasks", "| MulKI less ")
+    agree({name: cells[1:] for name, cells in means.items()}, found)
+    less = shown("| MulKI less ", "### Class-incremental")
+    assert {f"mulki less {name}": cells for name, cells in less.items()} == {
+        name: cells for name, cells in found.items() if name.startswith("mulki less")
+    }
+    for name in ("zero_shot", "finetune", "mulki"):
+        kept, _, *accuracies = means[name][1:]
+        figures_of = accuracies[0], accuracies[2], accuracies[4]
+        assert all(f" {value} %" in readme for value in figures_of), name
+        assert name == "zero_shot" or f" {kept.lstrip('-')} points" in readme
+    columns = {name: of for name, of in tables.OF_SEQUENCES.items() if name.startswith("cil")}
+    agree(shown("Flags, which", "Glyphs:"), measured(["embedded-flags"], columns))
+    agree(shown("Glyphs:", "### What each part"), measured(["embedded-glyphs"], columns))
 
 
 def test_the_running_mean_of_a_short_task_has_members_near_its_end() -> None:
