@@ -6,9 +6,11 @@ import multiprocessing
 import os
 import re
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import TracebackType
 from typing import Any
 
 from mulki.data.decoding import limit_pixels
@@ -148,6 +150,7 @@ def start_worker(pixels: int, number: int) -> None:
         number: of the process.
     """
     limit_pixels(pixels)
+    sys.excepthook = _unless_the_run_left
     # A terminal and those that manage jobs send a signal to all processes of a run. The run itself
     # needs this one until it has ended the step and made a save.
     for name in ("SIGINT", "SIGHUP"):
@@ -159,6 +162,15 @@ def start_worker(pixels: int, number: int) -> None:
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         ids = run.pid, os.getppid()
         threading.Thread(target=_end_with_the_run, args=ids, daemon=True).start()
+
+
+def _unless_the_run_left(
+    kind: type[BaseException], error: BaseException, trace: TracebackType | None
+) -> None:
+    # A run that a signal stops may do so with a batch half taken. The thread of `multiprocessing`
+    # that hands it over prints what it then meets, below the last words of the run.
+    if not issubclass(kind, (EOFError, ConnectionError)):
+        sys.__excepthook__(kind, error, trace)
 
 
 def _end_with_the_run(run: int, parent: int) -> None:

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterator
 from functools import partial
+from multiprocessing import connection, resource_sharer
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from torchvision import transforms as tv
 
 from mulki.data.loader import batches
 from mulki.data.workers import _ends
-from mulki.errors import InputError
+from mulki.errors import InputError, Stopped
 
 FIXED = tv.Compose([tv.Resize(8), tv.ToTensor()])
 
@@ -51,6 +52,23 @@ def test_a_killed_worker_is_named(images: Any, shuffle: bool) -> None:
     loader = batches(images, Deadly(), 2, shuffle=shuffle, seed=0, workers=1)
     with pytest.raises(InputError, match="^--workers 1: .*ended"):
         list(loader)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="file descriptors handed over")
+def test_a_worker_does_not_print_that_the_run_left_with_a_batch_half_taken(
+    images: Any, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def left(handed: tuple[str, int]) -> None:
+        connection.SocketClient(handed[0]).close()
+        # The worker takes one at a time, so it has met the end of the first one.
+        key = multiprocessing.current_process().authkey
+        connection.Client(handed[0], authkey=key).close()
+        raise Stopped(signal.SIGTERM)
+
+    monkeypatch.setattr(resource_sharer._resource_sharer, "get_connection", left)
+    with pytest.raises(Stopped):
+        list(batches(images, FIXED, 2, seed=0, workers=1))
+    assert capfd.readouterr().err == ""
 
 
 @pytest.mark.parametrize("error", [EOFError, ConnectionResetError])
