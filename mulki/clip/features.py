@@ -32,6 +32,8 @@ class Features:
             C classes and of S classes of earlier tasks [C + S, D]. None if the method replays none,
             and in the first task. Of the student alone.
         replay_target: [R] int64 in [0, C + S), the classes of these images.
+        inputs: [B, D] image features of what the method has made of each image of the batch
+            (`mulki.methods.Method.inputs`), None if it makes none.
 
     Examples:
         >>> import torch
@@ -50,6 +52,7 @@ class Features:
     num_seen: int = 0
     replay: Features | None = None
     replay_target: Tensor | None = None
+    inputs: Tensor | None = None
 
     def image_text(self) -> Similarity:
         """The class logits [B, C]."""

@@ -1,16 +1,17 @@
 """The interface between training and a method, which says what is trained.
 
-A method never calls an encoder. It declares which features it needs, and its losses are a function
-of those features, the targets and its own state. Only `mulki.train` encodes, so caching of frozen
-teachers, precision, micro-batches and several processes are written once. A method may also prepare
-a task, add terms on parameters, change gradients before each step, act after it, and after a task.
+A method declares which features it needs, and its losses are a function of those features, the
+targets and its own state. Only `mulki.train` encodes, so caching of frozen teachers, precision,
+micro-batches and several processes are written once. A method may also make images of those of a
+batch, for which it is given a function that encodes; prepare a task, add terms on parameters,
+change gradients before each step, act after it, and after a task.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 from torch import Tensor, nn
 
@@ -71,6 +72,8 @@ class Needs:
         student_anchors: whether the student encodes these texts too, with gradient.
         replay: images of earlier tasks that the student encodes beside each batch, with gradient,
             and the classes of these tasks; see `Features.replay`.
+        inputs: whether the method makes another image of each image of a batch, which the student
+            encodes, with gradient, and each teacher; see `Method.inputs`.
         directions: for methods that choose the A of adapters, which then does not train: the mean
             gradient of the weights with adapters before a task, see `TaskStart.gradients`, and the
             second moments of their inputs at its end, see `Method.keep_moments`.
@@ -89,6 +92,7 @@ class Needs:
     student_anchors: bool = False
     replay: Replay | None = None
     fisher: int = 0
+    inputs: bool = False
     directions: bool = False
 
     def without_classes(self) -> Needs:
@@ -106,6 +110,18 @@ class Needs:
             "images of earlier tasks": self.replay is not None,
         }
         return tuple(words for words, needed in used.items() if needed)
+
+
+class Encode(Protocol):
+    """``encode(images, teacher=None)``, by which `Method.inputs` encodes.
+
+    From images [n, 3, H, W], on any device, to their L2-normalised features [n, D], with gradients
+    to the images: of the teacher of that place in `Needs.teachers`, or of the student for None.
+    More images than a micro-batch are encoded in several, and again in the backward pass, so that
+    the graph of one is held at a time. With several processes all have to call it, with equal n.
+    """
+
+    def __call__(self, images: Tensor, teacher: int | None = None) -> Tensor: ...
 
 
 class AdaptedWeight(NamedTuple):
@@ -214,6 +230,28 @@ class Method(nn.Module):
     def prototypes(self) -> Tensor | None:
         """The student's prototypes [C, D], or None."""
         return None
+
+    def inputs(
+        self, images: Tensor, target: Tensor, teachers: tuple[Features, ...], encode: Encode
+    ) -> Tensor:
+        """Another image made of each of a batch, such as one crafted with a model's gradient.
+
+        Called before `losses` if `Needs.inputs`, in each process with its part of the batch, and
+        not in a task of captions. What it draws from torch's generators is the same in a run that
+        goes on. Gradients of weights that it leaves behind are dropped.
+
+        Args:
+            images: [b, 3, H, W], normalised as the model takes them; on the host where they are
+                encoded in micro-batches.
+            target: [b] int64.
+            teachers: as `losses` gets them, but with the features of these images alone.
+            encode: features of images by the student or a teacher, with gradients to the images.
+
+        Returns:
+            [b, 3, H, W], whose features are `Features.inputs` of the student and of the teachers,
+            for all B images of the batch.
+        """
+        raise TypeError(f"method {self.name} makes no images")
 
     def losses(
         self, student: Features, teachers: tuple[Features, ...], target: Tensor

@@ -216,6 +216,8 @@ class _Step:
             of_captions = needs.captions * teachers + 2 * captions
             size = setup.config.reference_batch_size
             self._kinds.append(_Kind(size, captions, 2 + teachers + of_captions))
+        if needs.inputs:
+            self._kinds.append(_Kind(None, False, 2 + teachers))
         if needs.replay is not None:
             self._kinds.append(_Kind(needs.replay.batch_size, False, 2))
         # Texts of a step in the largest task, with those of earlier tasks; captions come on top.

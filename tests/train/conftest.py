@@ -14,6 +14,7 @@ from mulki.data import Task, folder_task
 from mulki.runs.folder import RunFolder
 from mulki.train import sequence
 from mulki.train.config.run_config import resolve
+from tests.train.crafted_method import Crafted
 from tests.train.reference_method import OnReference
 from tests.train.run_helpers import SHORT, Run, stop_at
 from tests.train_helpers import (
@@ -63,6 +64,7 @@ def base(
     tasks = write_task(root / "colours", COLOURS), write_task(root / "shades", shades, train=5)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(OnReference, "name", "on_reference", raising=False)
+        patch.setattr(Crafted, "name", "crafted", raising=False)
         yield {
             "tasks": [str(task) for task in tasks],
             "logs": str(root),

@@ -38,10 +38,12 @@ from mulki.train.learning.class_step import Step
 from mulki.train.microbatch import backward
 from mulki.train.saving import recovery
 from mulki.train.sequence import run
+from tests.train.crafted_method import Crafted
 from tests.train.distributed_runs import THEN_WAITS_S, WAITS_S
 from tests.train.reference_method import OnReference
 
 OnReference.name = "on_reference"
+Crafted.name = "crafted"
 # As in the test process: to draw takes longer than these runs do, to wait for the disk a part.
 html.plots = lambda contents: []
 os.fsync = lambda descriptor: None

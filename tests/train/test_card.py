@@ -19,6 +19,7 @@ from mulki.train.learning.class_step import ClassStep
 from mulki.train.learning.inputs import Listeners
 from mulki.train.start.setup import prepared
 from mulki.train.task_learner import TaskLearner
+from tests.train.crafted_method import Crafted
 from tests.train.run_helpers import SHORT
 from tests.train_helpers import COLOURS, same_state, state_of, write_pairs, write_task
 
@@ -82,8 +83,12 @@ def test_of_a_method_without_teachers_and_of_frozen_texts(counted: Any) -> None:
     assert frozen.image == alone.image
 
 
-def test_images_beside_those_of_the_task(counted: Any, tmp_path: Path) -> None:
+def test_images_beside_those_of_the_task(
+    counted: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As a whole, a batch has the graphs of all of them; micro-batches come one after another."""
+
+    monkeypatch.setattr(Crafted, "name", "crafted", raising=False)
 
     def of(**options: Any) -> tuple[float, float]:
         way = counted(1, lock_text=True, **options)[""]
@@ -98,6 +103,8 @@ def test_images_beside_those_of_the_task(counted: Any, tmp_path: Path) -> None:
     assert of(method="snd", reference="current") == two
     # As many replayed ones in every step, however large the batch is.
     assert of(method="er", replay_batch_size=5) == pytest.approx((1, 1), rel=0.05)
+    # Images that the method makes of the task's own.
+    assert of(method="crafted") == two
     # Made ones by default, but not where all tasks are of captions.
     assert of(method="mulki") == two
     pairs = f"captions:{write_pairs(tmp_path / 'pairs')}"

@@ -49,6 +49,8 @@ SHARDED: dict[str, tuple[dict[str, Any], int]] = {
     # AdamW makes rounding errors larger, by lr / eps.
     "fsdp-reference": (ON_REFERENCE | {"augment": "crop", "eps": 1e-2}, 6),
     "fsdp-micro-reference": (ON_REFERENCE | {"micro_batch": "2", "eps": 1e-2}, 6),
+    "fsdp-crafted": ({"method": "crafted", "eps": 1e-2}, 6),
+    "fsdp-micro-crafted": ({"method": "crafted", "micro_batch": "2", "eps": 1e-2}, 6),
     # Captions that no model, or the teacher alone, encodes.
     "fsdp-snd": ({"method": "snd", "reference": "current", "eps": 1e-2}, 6),
     "fsdp-zscl": ({"method": "zscl", "reference": "current", "we_every": "2", "eps": 1e-2}, 6),
@@ -60,7 +62,10 @@ SHARDED: dict[str, tuple[dict[str, Any], int]] = {
         6,
     ),
 }
-DAILY = ("fsdp", "fsdp-lwf", "fsdp-reference", "fsdp-zscl", "fsdp-locked", "fsdp-adapters")
+DAILY = (
+    *("fsdp", "fsdp-lwf", "fsdp-reference", "fsdp-micro-crafted"),
+    *("fsdp-zscl", "fsdp-locked", "fsdp-adapters"),
+)
 
 
 def test_every_block_of_a_tower_is_a_unit(load_tiny: Callable[..., VisionLanguageModel]) -> None:

@@ -32,6 +32,7 @@ class Batch:
         places: [B] int64 places of the whole batch in its set, on the CPU.
         replay: images of earlier tasks that come with it, if there are any.
         reference: those of the reference set that come with it, if there is one.
+        inputs: [b, 3, H, W], made of `images` by the method, if it makes any.
     """
 
     images: Tensor
@@ -39,6 +40,7 @@ class Batch:
     places: Tensor
     replay: Batch | None = None
     reference: PairBatch | None = None
+    inputs: Tensor | None = None
 
 
 @dataclass(frozen=True)

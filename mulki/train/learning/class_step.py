@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from mulki.clip.features import Features, of_reference
 from mulki.clip.texts import text_inputs
@@ -208,13 +209,44 @@ class ClassStep(Step):
         # Otherwise the images stay on the host and each micro-batch is moved when it is encoded, so
         # that the device memory of a step does not grow with its batch.
         teachers = self._teachers.features(batch, self._micro_batch, anchors)
+        if needs.inputs:
+            batch = replace(batch, inputs=self._inputs(batch, teachers))
+            teachers = self._teachers.with_inputs(teachers, batch, self._micro_batch)
         return self._backward(batch, texts, captions, anchors, teachers)
+
+    def _inputs(self, batch: Batch, teachers: tuple[Features, ...]) -> Tensor:
+        # What the method makes of the images of `batch`; see `Method.inputs`.
+        size, world, method = self._micro_batch, self._world, self._method
+        assert size is not None
+
+        def encode(images: Tensor, teacher: int | None = None) -> Tensor:
+            def part(some: Tensor) -> Tensor:
+                if teacher is None:
+                    return self._encode_images(some)
+                return self._teachers.encode(some, teacher)
+
+            if len(images) <= size:
+                return part(images)
+            # On their device before, since what the second pass draws there has to be the same.
+            parts = [some.to(self._model.device) for some in images.split(size)]
+            return torch.cat([checkpoint(part, some, use_reentrant=False) for some in parts])
+
+        here = tuple(replace(of, images=world.part(of.images)) for of in teachers)
+        made = method.inputs(batch.images, world.part(batch.target), here, encode)
+        if made.shape != batch.images.shape:
+            raise ValueError(
+                f"{type(method).__name__}.inputs: returned {list(made.shape)}, wanted "
+                f"{list(batch.images.shape)}, an image for each"
+            )
+        return made.detach()
 
     def _fitting(self, batch: Batch, texts: Tensor, captions: Tensor | None) -> int:
         def encode(part: Tensor) -> Tensor:
             # Of a batch that fits as a whole, a step holds the graphs of all kinds of images.
             n = len(part)
             features = [self._encode_images(part)]
+            if self._method.needs.inputs:
+                features.append(self._encode_images(part))
             if batch.replay is not None:
                 features.append(self._encode_images(batch.replay.images[:n]))
             if batch.reference is not None:
@@ -241,44 +273,49 @@ class ClassStep(Step):
             assert self._micro_batch is not None
             return whole if self._config.micro_batch is None else min(whole, self._micro_batch)
 
-        encoders = [
-            Encoder(self._encode_images, (batch.images,)),
-            Encoder(self._encode_texts, (world.part(texts),), split=False),
-        ]
-        reference, replay = batch.reference, batch.replay
+        encoders = {
+            "images": Encoder(self._encode_images, (batch.images,)),
+            "texts": Encoder(self._encode_texts, (world.part(texts),), split=False),
+        }
+        reference, replay, inputs = batch.reference, batch.replay, batch.inputs
         if reference is not None:
             pairs = _pairs(reference, captions)
-            encoders.append(Encoder(self._encode_pairs, pairs, micro_batch=size_of(pairs[0])))
+            size = size_of(pairs[0])
+            encoders["reference"] = Encoder(self._encode_pairs, pairs, micro_batch=size)
         if replay is not None:
-            given = replay.images
-            encoders.append(Encoder(self._encode_images, (given,), micro_batch=size_of(given)))
+            size = size_of(replay.images)
+            encoders["replay"] = Encoder(self._encode_images, (replay.images,), micro_batch=size)
+        if inputs is not None:
+            encoders["inputs"] = Encoder(self._encode_images, (inputs,))
 
-        def losses(images: Tensor, texts: Tensor, *others: Any) -> Mapping[str, Tensor]:
+        def losses(*outputs: Any) -> Mapping[str, Tensor]:
+            of, count = dict(zip(encoders, outputs, strict=True)), len(batch.places)
             of_pairs = None
             if reference is not None:
-                count = len(reference.places)
-                of_images, *of_captions = (world.gather(x, count) for x in others[0])
+                num_pairs = len(reference.places)
+                of_images, *of_captions = (world.gather(x, num_pairs) for x in of["reference"])
                 of_pairs = of_reference(of_images, next(iter(of_captions), None), scale)
-            texts = world.gather(texts, num_texts)
+            texts = world.gather(of["texts"], num_texts)
             student = Features(
-                world.gather(images, len(batch.places)),
+                world.gather(of["images"], count),
                 texts[:num_classes],
                 scale,
                 method.prototypes(),
                 of_pairs,
+                inputs=None if inputs is None else world.gather(of["inputs"], count),
             )
             if anchors is not None and method.needs.student_anchors:
                 anchored = texts[: num_classes + len(anchors.inputs)]
                 student = replace(student, anchored=anchored, num_seen=anchors.seen)
             if replay is not None:
-                old = world.gather(others[-1], len(replay.places))
+                old = world.gather(of["replay"], len(replay.places))
                 known = torch.cat([texts[:num_classes], texts[num_texts - num_replayed :]])
                 student = replace(
                     student, replay=Features(old, known, scale), replay_target=replay.target
                 )
             return {**method.losses(student, teachers, batch.target), **method.penalties()}
 
-        return self._derive(losses, encoders)
+        return self._derive(losses, [*encoders.values()])
 
 
 def _pairs(reference: PairBatch, captions: Tensor | None) -> tuple[Tensor, ...]:

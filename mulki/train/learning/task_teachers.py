@@ -145,6 +145,30 @@ class TaskTeachers:
         return tuple(by_teacher[teacher] for teacher, _ in self.teachers)
 
     @torch.no_grad()
+    def with_inputs(
+        self, features: Sequence[Features], batch: Batch, micro_batch: int
+    ) -> tuple[Features, ...]:
+        """`features` of each teacher, with those of `batch.inputs`, which are never kept.
+
+        Arguments as of `features`.
+        """
+        assert batch.inputs is not None
+        parts, world, found = batch.inputs.split(micro_batch), self.training.world, {}
+        for place, (teacher, _) in enumerate(self.teachers):
+            if teacher not in found:
+                here = torch.cat([self.encode(part, place) for part in parts])
+                found[teacher] = world.gather(here, len(batch.places))
+        return tuple(
+            replace(of, inputs=found[teacher])
+            for of, (teacher, _) in zip(features, self.teachers, strict=True)
+        )
+
+    def encode(self, images: Tensor, place: int) -> Tensor:
+        """Features [n, D] of images [n, 3, H, W] by the teacher of that place."""
+        with self.training.precision.autocast():
+            return self.teachers[place][1].encode_images(images)
+
+    @torch.no_grad()
     def of_pairs(self, batch: PairBatch, micro_batch: int) -> tuple[Features, ...]:
         """The features of each teacher for a batch of a task of captions, whose texts are they.
 

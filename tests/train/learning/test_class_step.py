@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -7,9 +8,24 @@ import pytest
 import torch
 from torch import nn
 
+from mulki.clip import Features
 from mulki.data import Task
+from mulki.functional import prototype_cross_entropy
+from mulki.methods import PREVIOUS, ZERO_SHOT, Needs
+from mulki.methods.finetune import Finetune
 from mulki.ops import loader, use_backend
-from tests.train.learn_helpers import CONFIG, Load, crop, learn, method_named, two_teachers
+from mulki.train.learning.inputs import Listeners, TaskInputs
+from mulki.train.learning.learn import learn_task
+from tests.train.crafted_method import Crafted
+from tests.train.learn_helpers import (
+    CONFIG,
+    Load,
+    crop,
+    learn,
+    method_named,
+    training_of,
+    two_teachers,
+)
 from tests.train_helpers import state_of
 
 
@@ -132,3 +148,88 @@ def test_muon_moves_matrices_otherwise_than_adamw(load_tiny: Load, task: Task) -
     assert "visual.transformer.resblocks.0.mlp.c_fc.weight" in differs
     assert "text_projection" in differs
     assert not {n for n in differs if after["adamw"][n].ndim != 2 or "embedding" in n}
+
+
+class Kept(Crafted):
+    """Keeps the gradients of its first step."""
+
+    def before_step(self, weights: Mapping[str, nn.Parameter]) -> None:
+        if not hasattr(self, "gradients"):
+            self.gradients = {n: w.grad.clone() for n, w in weights.items() if w.grad is not None}
+
+
+@pytest.mark.parametrize("micro_batch", [None, 4])
+def test_what_a_method_makes_of_a_batch_is_encoded_by_all(
+    load_tiny: Load, task: Task, micro_batch: int | None
+) -> None:
+    student, frozen = load_tiny(), two_teachers(load_tiny)
+    start = student.frozen_copy()
+    method = Kept(Kept.Options(noise=0.1))
+    learn(student, task, method, frozen, config=replace(CONFIG, micro_batch=micro_batch))
+    images, target, made, teachers = method.given[0]
+    assert images.shape == made.shape and not torch.equal(made, images)
+    for model, of_images in zip(frozen.values(), teachers, strict=True):
+        torch.testing.assert_close(of_images.images, model.encode_images(images))
+
+    # The first step as plain autograd takes it.
+    student, (seen, of_teachers) = start, method.seen[0]
+    for name, parameter in student.clip.named_parameters():
+        parameter.requires_grad_(name in method.gradients)
+    student.clip.zero_grad()
+    texts = student.encode_texts(student.text_inputs([of[0] for of in task.prompts()]))
+    images, inputs = student.encode_images(images), student.encode_images(made)
+    logits = Features(images, texts, student.logit_scale).image_text()
+    loss = prototype_cross_entropy(logits, target)
+    for name, of in zip((ZERO_SHOT, PREVIOUS), of_teachers, strict=True):
+        wanted = frozen[name].encode_images(made)
+        torch.testing.assert_close(of.inputs, wanted)
+        loss = loss + 5 * (inputs - wanted).square().sum(dim=1).mean()
+    torch.testing.assert_close(seen.inputs, inputs)
+    loss.backward()
+    for name, parameter in student.clip.named_parameters():
+        if name in method.gradients:
+            torch.testing.assert_close(
+                method.gradients[name], parameter.grad, rtol=1e-4, atol=1e-5, msg=name
+            )
+    assert max(float(v.abs().max()) for v in method.gradients.values()) > 1e-2
+
+
+def test_images_are_crafted_alike_in_micro_batches(load_tiny: Load, task: Task) -> None:
+    def made(**changes: Any) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
+        method, student = Crafted(Crafted.Options(noise=0.1)), load_tiny()
+        torch.manual_seed(0)
+        learn(student, task, method, two_teachers(load_tiny), config=replace(CONFIG, **changes))
+        return [of_step for _, _, of_step, _ in method.given], state_of(student)
+
+    (whole, weights), (parts, others) = made(), made(micro_batch=2)
+    for one, other in zip(whole, parts, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
+    for key, value in weights.items():
+        torch.testing.assert_close(value, others[key], rtol=1e-3, atol=1e-4)
+
+
+def test_made_images_count_in_a_micro_batch_that_fits(load_tiny: Load, task: Task) -> None:
+    def bytes_of_an_image(makes: bool) -> int:
+        method = Crafted(Crafted.Options())
+        if not makes:
+            method.needs = replace(method.needs, inputs=False)
+            method.losses = Finetune.losses.__get__(Finetune(Finetune.Options()))
+        student, found = load_tiny(), []
+        training = training_of(student, method=method, config=replace(CONFIG, micro_batch="auto"))
+        inputs = TaskInputs(0, task, two_teachers(load_tiny))
+        learn_task(training, inputs, Listeners(micro_batch=found.append))
+        return found[0].per_sample
+
+    assert bytes_of_an_image(True) == pytest.approx(2 * bytes_of_an_image(False), rel=0.02)
+
+
+def test_a_method_that_makes_other_images_than_it_says(load_tiny: Load, task: Task) -> None:
+    method = Crafted(Crafted.Options())
+    method.inputs = lambda images, *others: images[:2]
+    wanted = r"^Crafted.inputs: returned \[2, 3, 32, 32\], wanted \[6, 3, 32, 32\]"
+    with pytest.raises(ValueError, match=wanted):
+        learn(load_tiny(), task, method)
+    plain = Finetune(Finetune.Options())
+    plain.needs = Needs(inputs=True)
+    with pytest.raises(TypeError, match="^method finetune makes no images"):
+        learn(load_tiny(), task, plain)

@@ -40,6 +40,7 @@ from mulki.train.saving import recovery
 from mulki.train.saving.checkpoints import kept_of
 from mulki.train.saving.recovery import read_save
 from tests.sweeps import mostly_long
+from tests.train.crafted_method import Crafted
 from tests.train.run_helpers import (
     Run,
     check_same,
@@ -74,6 +75,7 @@ CASES: dict[str, dict[str, Any]] = {
     "adapters": {"method": "mulki", "lora_rank": 2, "anchors": "both", "l2": 0.1,
                  "augment": "crop", "grad_checkpointing": True},
     "keeplora": {"method": "keeplora", "lora_rank": 2, "layer_scale": 0.5, "energy_image": 0.3},
+    "crafted": {"method": "crafted", "noise": 0.1, "augment": "crop", "micro_batch": 2},
     "some adapters": {"method": "mulki", "lora_rank": 3, "lora_targets": ("attn",),
                       "lora_alpha": 6.0, "original": "tiny-vit", "opt": "muon"},
 }  # fmt: skip
@@ -81,12 +83,16 @@ CASES: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize(
     "case",
-    mostly_long(CASES, "mulki", "early", "drift", "zscl", "er", "ewc", "keeplora", "some adapters"),
+    mostly_long(
+        CASES,
+        *("mulki", "early", "drift", "zscl", "er", "ewc", "keeplora", "crafted", "some adapters"),
+    ),
 )
 def test_a_stopped_run_ends_as_if_it_had_not_been(
     run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, case: str
 ) -> None:
     options = CASES[case]
+    monkeypatch.setattr(Crafted, "name", "crafted", raising=False)
     whole = run("whole", **options)
     folder = tmp_path / "logs" / "stopped"
     # In the first task, and four steps later in the second.
