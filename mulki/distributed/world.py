@@ -9,7 +9,7 @@ Gradients follow from that. The gradient with respect to gathered features is cu
 own rows and multiplied by the number of processes; the gradients of parameters are averaged over
 the processes. So a parameter that the losses use directly gets its gradient once, and what goes
 through an encoder is summed over the processes. Every process draws its own random numbers, which
-only encoders use.
+only encoders and `Method.inputs` use.
 """
 
 from __future__ import annotations

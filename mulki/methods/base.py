@@ -118,7 +118,9 @@ class Encode(Protocol):
     From images [n, 3, H, W], on any device, to their L2-normalised features [n, D], with gradients
     to the images: of the teacher of that place in `Needs.teachers`, or of the student for None.
     More images than a micro-batch are encoded in several, and again in the backward pass, so that
-    the graph of one is held at a time. With several processes all have to call it, with equal n.
+    the graph of one is held at a time; `--micro-batch auto` and `mulki plan` do not count these
+    graphs. With several processes all have to call it, with equal n. With ``--precision amp`` the
+    gradients are not scaled: take those of a sum over images, since those of a mean underflow.
     """
 
     def __call__(self, images: Tensor, teacher: int | None = None) -> Tensor: ...
@@ -238,13 +240,15 @@ class Method(nn.Module):
 
         Called before `losses` if `Needs.inputs`, in each process with its part of the batch, and
         not in a task of captions. What it draws from torch's generators is the same in a run that
-        goes on. Gradients of weights that it leaves behind are dropped.
+        goes on, and another in each process. Gradients of weights that it leaves behind are
+        dropped. It keeps nothing, since each process has its own part, whose last image may be
+        there twice.
 
         Args:
-            images: [b, 3, H, W], normalised as the model takes them; on the host where they are
-                encoded in micro-batches.
-            target: [b] int64.
-            teachers: as `losses` gets them, but with the features of these images alone.
+            images: [b, 3, H, W], normalised as the model takes them, not to be changed in place; on
+                the host where they are encoded in micro-batches, else on the model's device.
+            target: [b] int64, on the model's device.
+            teachers: as `losses` gets them, but that `images` are the features of these alone.
             encode: features of images by the student or a teacher, with gradients to the images.
 
         Returns:

@@ -25,11 +25,6 @@ class Crafted(Method):
         length: float = option(2.0, "of the step from an image", low=0)
         noise: float = option(0.0, "added to an image before that step", low=0)
 
-    def __init__(self, options: Options):
-        super().__init__(options)
-        self.given: list[tuple[Tensor, Tensor, Tensor, tuple[Features, ...]]] = []
-        self.seen: list[tuple[Features, tuple[Features, ...]]] = []
-
     def inputs(
         self, images: Tensor, target: Tensor, teachers: tuple[Features, ...], encode: Encode
     ) -> Tensor:
@@ -39,15 +34,12 @@ class Crafted(Method):
         texts = teachers[0].texts[target]
         near = encode(start) * encode(start, 1) + encode(start, 0) * (texts + teachers[0].images)
         (gradient,) = torch.autograd.grad(near.sum(), start)
-        length = gradient.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
-        made = start - self.options.length * gradient / length
-        self.given.append((images, target, made.detach(), teachers))
-        return made
+        length = gradient.flatten(1).norm(dim=1).clamp(min=1e-12).view(-1, 1, 1, 1)
+        return start - self.options.length * gradient / length
 
     def losses(
         self, student: Features, teachers: tuple[Features, ...], target: Tensor
     ) -> dict[str, Tensor]:
-        self.seen.append((student, teachers))
         terms = {"ce_loss": prototype_cross_entropy(student.image_text(), target)}
         for place, teacher in enumerate(teachers):
             assert student.inputs is not None and teacher.inputs is not None

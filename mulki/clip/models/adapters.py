@@ -230,10 +230,15 @@ class Adapters:
     def as_teacher(self, level: Level) -> Iterator[None]:
         """While it lasts, the model is this teacher, in evaluation mode."""
         training = [module for module in self._clip.modules() if module.training]
+        # What is recomputed in a backward pass would be the student's.
+        every: list[Any] = [*self._clip.modules()]
+        recomputing = [module for module in every if getattr(module, "grad_checkpointing", False)]
         for part in self._parts.values():
             part.level = level
         for module in training:
             module.training = False
+        for module in recomputing:
+            module.grad_checkpointing = False
         try:
             yield
         finally:
@@ -241,6 +246,8 @@ class Adapters:
                 part.level = "student"
             for module in training:
                 module.training = True
+            for module in recomputing:
+                module.grad_checkpointing = True
 
 
 def _adaptable(clip: nn.Module) -> dict[str, tuple[nn.Module, str]]:

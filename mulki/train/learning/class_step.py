@@ -219,23 +219,27 @@ class ClassStep(Step):
         size, world, method = self._micro_batch, self._world, self._method
         assert size is not None
 
+        # From it `checkpoint` knows whose generator to repeat; the images stay on the host.
+        here = torch.empty(0, device=self._model.device)
+
         def encode(images: Tensor, teacher: int | None = None) -> Tensor:
-            def part(some: Tensor) -> Tensor:
+            def part(some: Tensor, _: Tensor) -> Tensor:
                 if teacher is None:
                     return self._encode_images(some)
                 return self._teachers.encode(some, teacher)
 
             if len(images) <= size:
-                return part(images)
-            # On their device before, since what the second pass draws there has to be the same.
-            parts = [some.to(self._model.device) for some in images.split(size)]
-            return torch.cat([checkpoint(part, some, use_reentrant=False) for some in parts])
+                return part(images, here)
+            parts = images.split(size)
+            return torch.cat([checkpoint(part, some, here, use_reentrant=False) for some in parts])
 
-        here = tuple(replace(of, images=world.part(of.images)) for of in teachers)
-        made = method.inputs(batch.images, world.part(batch.target), here, encode)
-        if made.shape != batch.images.shape:
+        of_part = tuple(replace(of, images=world.part(of.images)) for of in teachers)
+        images = batch.images.detach()
+        made = method.inputs(images, world.part(batch.target), of_part, encode)
+        if (shape := getattr(made, "shape", None)) != images.shape:
+            came = type(made).__name__ if shape is None else list(shape)
             raise ValueError(
-                f"{type(method).__name__}.inputs: returned {list(made.shape)}, wanted "
+                f"{type(method).__name__}.inputs: returned {came}, wanted "
                 f"{list(batch.images.shape)}, an image for each"
             )
         return made.detach()

@@ -151,7 +151,22 @@ def test_muon_moves_matrices_otherwise_than_adamw(load_tiny: Load, task: Task) -
 
 
 class Kept(Crafted):
-    """Keeps the gradients of its first step."""
+    """Keeps what it was given, and the gradients of its first step."""
+
+    def __init__(self, options: Crafted.Options):
+        super().__init__(options)
+        self.given: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor, tuple[Features, ...]]] = []
+        self.seen: list[tuple[Features, tuple[Features, ...]]] = []
+
+    def inputs(self, images: torch.Tensor, target: torch.Tensor, *others: Any) -> torch.Tensor:
+        assert not images.requires_grad
+        made = super().inputs(images.requires_grad_(), target, *others)
+        self.given.append((images.detach(), target, made.detach(), others[0]))
+        return made
+
+    def losses(self, student: Features, *others: Any) -> dict[str, torch.Tensor]:
+        self.seen.append((student, others[0]))
+        return super().losses(student, *others)
 
     def before_step(self, weights: Mapping[str, nn.Parameter]) -> None:
         if not hasattr(self, "gradients"):
@@ -164,7 +179,7 @@ def test_what_a_method_makes_of_a_batch_is_encoded_by_all(
 ) -> None:
     student, frozen = load_tiny(), two_teachers(load_tiny)
     start = student.frozen_copy()
-    method = Kept(Kept.Options(noise=0.1))
+    method = Kept(Kept.Options())
     learn(student, task, method, frozen, config=replace(CONFIG, micro_batch=micro_batch))
     images, target, made, teachers = method.given[0]
     assert images.shape == made.shape and not torch.equal(made, images)
@@ -173,6 +188,13 @@ def test_what_a_method_makes_of_a_batch_is_encoded_by_all(
 
     # The first step as plain autograd takes it.
     student, (seen, of_teachers) = start, method.seen[0]
+    moved = images.clone().requires_grad_()
+    by_original, by_previous = (model.encode_images(moved) for model in frozen.values())
+    wanted = teachers[0].texts[target] + teachers[0].images
+    near = student.encode_images(moved) * by_previous + by_original * wanted
+    (gradient,) = torch.autograd.grad(near.sum(), moved)
+    moved = moved - 2.0 * gradient / gradient.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
+    torch.testing.assert_close(made, moved, rtol=1e-4, atol=1e-5)
     for name, parameter in student.clip.named_parameters():
         parameter.requires_grad_(name in method.gradients)
     student.clip.zero_grad()
@@ -196,7 +218,7 @@ def test_what_a_method_makes_of_a_batch_is_encoded_by_all(
 
 def test_images_are_crafted_alike_in_micro_batches(load_tiny: Load, task: Task) -> None:
     def made(**changes: Any) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
-        method, student = Crafted(Crafted.Options(noise=0.1)), load_tiny()
+        method, student = Kept(Kept.Options(noise=0.1)), load_tiny()
         torch.manual_seed(0)
         learn(student, task, method, two_teachers(load_tiny), config=replace(CONFIG, **changes))
         return [of_step for _, _, of_step, _ in method.given], state_of(student)
@@ -228,6 +250,9 @@ def test_a_method_that_makes_other_images_than_it_says(load_tiny: Load, task: Ta
     method.inputs = lambda images, *others: images[:2]
     wanted = r"^Crafted.inputs: returned \[2, 3, 32, 32\], wanted \[6, 3, 32, 32\]"
     with pytest.raises(ValueError, match=wanted):
+        learn(load_tiny(), task, method)
+    method.inputs = lambda *given: None
+    with pytest.raises(ValueError, match="^Crafted.inputs: returned NoneType, wanted"):
         learn(load_tiny(), task, method)
     plain = Finetune(Finetune.Options())
     plain.needs = Needs(inputs=True)

@@ -75,7 +75,8 @@ CASES: dict[str, dict[str, Any]] = {
     "adapters": {"method": "mulki", "lora_rank": 2, "anchors": "both", "l2": 0.1,
                  "augment": "crop", "grad_checkpointing": True},
     "keeplora": {"method": "keeplora", "lora_rank": 2, "layer_scale": 0.5, "energy_image": 0.3},
-    "crafted": {"method": "crafted", "noise": 0.1, "augment": "crop", "micro_batch": 2},
+    "crafted": {"method": "crafted", "noise": 0.1, "augment": "crop", "micro_batch": 2,
+                "lora_rank": 2, "grad_checkpointing": True},
     "some adapters": {"method": "mulki", "lora_rank": 3, "lora_targets": ("attn",),
                       "lora_alpha": 6.0, "original": "tiny-vit", "opt": "muon"},
 }  # fmt: skip
