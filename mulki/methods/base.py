@@ -120,7 +120,7 @@ class Encode(Protocol):
     More images than a micro-batch are encoded in several, and again in the backward pass, so that
     the graph of one is held at a time; `--micro-batch auto` and `mulki plan` do not count these
     graphs. With several processes all have to call it, with equal n. With ``--precision amp`` the
-    gradients are not scaled: take those of a sum over images, since those of a mean underflow.
+    gradients are not scaled: take those of a sum over images, since those of a mean may vanish.
     """
 
     def __call__(self, images: Tensor, teacher: int | None = None) -> Tensor: ...

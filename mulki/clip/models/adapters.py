@@ -229,25 +229,20 @@ class Adapters:
     @contextlib.contextmanager
     def as_teacher(self, level: Level) -> Iterator[None]:
         """While it lasts, the model is this teacher, in evaluation mode."""
-        training = [module for module in self._clip.modules() if module.training]
         # What is recomputed in a backward pass would be the student's.
-        every: list[Any] = [*self._clip.modules()]
-        recomputing = [module for module in every if getattr(module, "grad_checkpointing", False)]
+        names = "training", "grad_checkpointing"
+        switches = [(m, n) for m in self._clip.modules() for n in names if getattr(m, n, False)]
         for part in self._parts.values():
             part.level = level
-        for module in training:
-            module.training = False
-        for module in recomputing:
-            module.grad_checkpointing = False
+        for module, name in switches:
+            setattr(module, name, False)
         try:
             yield
         finally:
             for part in self._parts.values():
                 part.level = "student"
-            for module in training:
-                module.training = True
-            for module in recomputing:
-                module.grad_checkpointing = True
+            for module, name in switches:
+                setattr(module, name, True)
 
 
 def _adaptable(clip: nn.Module) -> dict[str, tuple[nn.Module, str]]:

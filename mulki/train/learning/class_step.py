@@ -223,10 +223,11 @@ class ClassStep(Step):
         here = torch.empty(0, device=self._model.device)
 
         def encode(images: Tensor, teacher: int | None = None) -> Tensor:
+            model = self._model if teacher is None else self._teachers.teachers[teacher][1]
+
             def part(some: Tensor, _: Tensor) -> Tensor:
-                if teacher is None:
-                    return self._encode_images(some)
-                return self._teachers.encode(some, teacher)
+                with self._precision.autocast():
+                    return model.encode_images(some)
 
             if len(images) <= size:
                 return part(images, here)
@@ -240,7 +241,7 @@ class ClassStep(Step):
             came = type(made).__name__ if shape is None else list(shape)
             raise ValueError(
                 f"{type(method).__name__}.inputs: returned {came}, wanted "
-                f"{list(batch.images.shape)}, an image for each"
+                f"{list(images.shape)}, an image for each"
             )
         return made.detach()
 

@@ -154,19 +154,13 @@ class TaskTeachers:
         """
         assert batch.inputs is not None
         parts, world, found = batch.inputs.split(micro_batch), self.training.world, {}
-        for place, (teacher, _) in enumerate(self.teachers):
-            if teacher not in found:
-                here = torch.cat([self.encode(part, place) for part in parts])
-                found[teacher] = world.gather(here, len(batch.places))
+        for teacher, model in dict(self.teachers).items():
+            here = torch.cat([self._images(model, part) for part in parts])
+            found[teacher] = world.gather(here, len(batch.places))
         return tuple(
             replace(of, inputs=found[teacher])
             for of, (teacher, _) in zip(features, self.teachers, strict=True)
         )
-
-    def encode(self, images: Tensor, place: int) -> Tensor:
-        """Features [n, D] of images [n, 3, H, W] by the teacher of that place."""
-        with self.training.precision.autocast():
-            return self.teachers[place][1].encode_images(images)
 
     @torch.no_grad()
     def of_pairs(self, batch: PairBatch, micro_batch: int) -> tuple[Features, ...]:
@@ -180,12 +174,15 @@ class TaskTeachers:
         }
         return tuple(found[teacher] for teacher, _ in self.teachers)
 
+    def _images(self, model: VisionLanguageModel, images: Tensor) -> Tensor:
+        with self.training.precision.autocast():
+            return model.encode_images(images)
+
     def _of_images(
         self, teacher: Teacher, model: VisionLanguageModel, batch: Batch, micro_batch: int
     ) -> Features:
         def encode(rows: Tensor) -> Tensor:
-            with self.training.precision.autocast():
-                return model.encode_images(batch.images[rows.to(batch.images.device)])
+            return self._images(model, batch.images[rows.to(batch.images.device)])
 
         count = len(batch.places)
         return teacher.features(
@@ -200,8 +197,7 @@ class TaskTeachers:
         micro_batch: int,
     ) -> Features:
         def encode(rows: Tensor) -> Tensor:
-            with self.training.precision.autocast():
-                images = model.encode_images(batch.images[rows.to(batch.images.device)])
+            images = self._images(model, batch.images[rows.to(batch.images.device)])
             if not self.needs.captions:
                 return images
             texts = model.text_inputs([batch.captions[row] for row in rows.tolist()])
