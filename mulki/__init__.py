@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from mulki.distributed import wait_policy
 
-# The kernels lie inside an installed package, and beside this folder in a checkout.
-if not (Path(__file__).parent / "kernels" / "__init__.py").is_file():
+# The kernels lie inside an installed package, and beside this folder in a checkout. An __init__.py
+# in their folder would there hide the package `kernels` that transformers imports.
+if not (Path(__file__).parent / "kernels" / "lookup.py").is_file():
     __path__.append(str(Path(__file__).resolve().parents[1]))
 
 # Before torch is imported.

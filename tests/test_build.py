@@ -340,17 +340,17 @@ def test_a_checkout_finds_its_own_kernels(checkout: Path) -> None:
         "import sys\n"
         "sys.meta_path[:] = [f for f in sys.meta_path if 'editable' not in repr(f)]\n"
         "import mulki, mulki.kernels.extra\n"
-        "from mulki import kernels\n"
-        "assert kernels is mulki.kernels and kernels.extra.here\n"
+        "from mulki.kernels import extra, lookup\n"
+        "assert extra.here\n"
         "assert 'kernels' not in sys.modules and 'triton' not in sys.modules\n"
         "assert 'mulki.bench' not in sys.modules\n"
-        "print(mulki.__file__, kernels.__file__, sep='\\n')\n"
+        "print(mulki.__file__, lookup.__file__, sep='\\n')\n"
         "from mulki.ops import loader\n"
         "print(loader.load())"
     )
     files = python("-c", code, cwd=checkout).splitlines()
     assert files[0] == str(checkout / "mulki" / "__init__.py")
-    assert files[1] == str(checkout / "kernels" / "__init__.py")
+    assert files[1] == str(checkout / "kernels" / "lookup.py")
     assert "not built" in files[2] and str(checkout) in files[2]
 
 
@@ -363,7 +363,7 @@ def test_a_checkout_is_the_one_that_is_run_and_not_the_one_that_is_installed(
     # It is found by a path, as installations in place are, and by a hook, as older ones were.
     places = {
         "mulki": str(other / "mulki" / "__init__.py"),
-        "mulki.kernels": str(other / "kernels" / "__init__.py"),
+        "mulki.kernels.lookup": str(other / "kernels" / "lookup.py"),
     }
     hook = (
         "import importlib.util, sys\n"
@@ -375,10 +375,34 @@ def test_a_checkout_is_the_one_that_is_run_and_not_the_one_that_is_installed(
         "        return file and importlib.util.spec_from_file_location(name, file)\n"
         "sys.meta_path.append(Hook)\n"
     )
-    code = f"{hook}import mulki.kernels\nprint(mulki.__file__, mulki.kernels.__file__, sep='\\n')"
+    code = (
+        f"{hook}import mulki\nfrom mulki.kernels import lookup\n"
+        "print(mulki.__file__, lookup.__file__, sep='\\n')"
+    )
     for cwd, path in ((checkout, str(other)), (checkout, ""), (other, str(checkout))):
         files = python("-c", code, cwd=cwd, PYTHONPATH=path).splitlines()
-        assert files == [str(cwd / folder / "__init__.py") for folder in ("mulki", "kernels")]
+        assert files == [str(cwd / "mulki" / "__init__.py"), str(cwd / "kernels" / "lookup.py")]
+
+
+def test_another_package_named_kernels_is_found_from_a_checkout(
+    checkout: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """That of Hugging Face, which transformers imports; it tells setuptools of a module of its."""
+    other = tmp_path_factory.mktemp("other")
+    (other / "kernels").mkdir()
+    (other / "kernels" / "__init__.py").touch()
+    (other / "kernels" / "inside.py").write_text("def write(command, name, path): print(name)\n")
+    (other / "kernels-1.0.dist-info").mkdir()
+    (other / "kernels-1.0.dist-info" / "METADATA").write_text("Name: kernels\nVersion: 1.0\n")
+    (other / "kernels-1.0.dist-info" / "entry_points.txt").write_text(
+        "[egg_info.writers]\nkernels.lock = kernels.inside:write\n"
+    )
+    where = {"cwd": checkout, "PYTHONPATH": str(other)}
+    code = "import kernels, mulki.kernels.lookup as ours\nprint(kernels.__file__, ours.__file__)"
+    files = [other / "kernels" / "__init__.py", checkout / "kernels" / "lookup.py"]
+    assert python("-c", code, **where).split() == list(map(str, files))
+    told = python("setup.py", "-q", "egg_info", **where, MULKI_BUILD_CPP="0")
+    assert "kernels.lock" in told
 
 
 def test_without_ninja_a_library_of_other_flags_does_not_stay(setup_py: ModuleType) -> None:
@@ -395,11 +419,11 @@ def test_an_installed_package_has_kernels_and_benchmark_inside(checkout: Path) -
     # What lies beside it is no part of it.
     (out / "stranger.py").touch()
     code = (
-        "import importlib.util, mulki.kernels, mulki.bench\n"
-        "print(mulki.kernels.__file__, mulki.bench.__file__, sep='\\n')\n"
+        "import importlib.util, mulki.kernels.lookup, mulki.bench.report\n"
+        "print(mulki.kernels.lookup.__file__, mulki.bench.report.__file__, sep='\\n')\n"
         "print(importlib.util.find_spec('mulki.stranger'))"
     )
-    files = [str(out / "mulki" / package / "__init__.py") for package in ("kernels", "bench")]
+    files = [str(out / "mulki" / file) for file in ("kernels/lookup.py", "bench/report.py")]
     assert python("-c", code, cwd=out).splitlines() == [*files, "None"]
 
 

@@ -120,7 +120,9 @@ def imports(module: str, known: Mapping[str, Path]) -> Iterator[str]:
             while name not in known:
                 name = name.rpartition(".")[0]
             while name and name != module:
-                yield name
+                # A folder without `__init__.py` has no code of its own.
+                if name in known:
+                    yield name
                 # Packages on the way are imported too; those around the module have been.
                 name = name.rpartition(".")[0]
                 if f"{module}.".startswith(f"{name}."):

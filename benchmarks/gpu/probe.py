@@ -38,18 +38,18 @@ def probe(rehearse: bool) -> Machine:
         os.environ["TRITON_INTERPRET"] = "1"
     import torch
 
-    from mulki import kernels
     from mulki.bench.plots import NEEDED
+    from mulki.kernels import lookup
 
     absent = next((name for name in NEEDED if find_spec(name) is None), None)
     no_figures = f"{absent} is not installed" if absent else None
     if rehearse:
-        reason = kernels.why_not("siglip", "cpu", torch.float32) or _not_interpreted()
+        reason = lookup.why_not("siglip", "cpu", torch.float32) or _not_interpreted()
         return Machine("no GPU, a rehearsal", reason, None, no_figures, rehearsal=True)
     here = torch.cuda.is_available()
     no_gpu: str | None = "torch finds no GPU on this machine"
     if here:
-        no_gpu = kernels.why_not("teacher_kl", "cuda:0", torch.float32)
+        no_gpu = lookup.why_not("teacher_kl", "cuda:0", torch.float32)
     return Machine(
         device=torch.cuda.get_device_name() if here else "no GPU",
         no_gpu=no_gpu,
@@ -62,7 +62,7 @@ def probe(rehearse: bool) -> Machine:
 def _not_interpreted() -> str | None:
     import torch
 
-    from mulki.kernels import kernel
+    from mulki.kernels.lookup import kernel
     from mulki.ops.operators import OPERATORS, Request
 
     operands = torch.ones(3, 4), torch.ones(3, 4), torch.tensor(1.0)

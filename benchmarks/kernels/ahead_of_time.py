@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
-from mulki.kernels import kernel
 from mulki.kernels.launch import INT32, Launch, Product, recording
+from mulki.kernels.lookup import kernel
 from mulki.ops.operators import OPERATORS, Request
 
 TARGETS = {

@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime import driver
 
-from mulki.kernels import kernel
 from mulki.kernels.launch import Launch, recording
+from mulki.kernels.lookup import kernel
 from mulki.ops.operators import OPERATORS
 
 

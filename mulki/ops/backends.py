@@ -99,19 +99,14 @@ class Triton:
         if device_type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
             return "runs on CPU tensors in Triton's interpreter alone; set TRITON_INTERPRET=1"
         try:
-            kernels = importlib.import_module("mulki.kernels")
-        except Exception as error:
-            return _reason(error)
-        if not hasattr(kernels, "kernel"):
-            return "mulki.kernels is not installed"
-        try:
-            reason: str | None = kernels.why_not(op, device_type, dtype)
+            lookup = importlib.import_module("mulki.kernels.lookup")
+            reason: str | None = lookup.why_not(op, device_type, dtype)
             return reason
         except Exception as error:
             return _reason(error)
 
     def kernel(self, op: str) -> Kernel:
-        return TritonKernel(importlib.import_module("mulki.kernels").kernel(op))
+        return TritonKernel(importlib.import_module("mulki.kernels.lookup").kernel(op))
 
 
 def _reason(error: Exception) -> str:

@@ -166,12 +166,13 @@ def subject_of(gpu: str) -> dict[str, str]:
 
 @functools.cache
 def _versions() -> dict[str, str]:
+    lookup = importlib.import_module("mulki.kernels.lookup")
     return {
         "driver": _driver(),
         "torch": torch.__version__,
         # Its distribution has another name for each kind of GPU.
         "triton": importlib.import_module("triton").__version__,
-        "kernels": _digest(importlib.import_module("mulki.kernels").__path__[0]),
+        "kernels": _digest(Path(str(lookup.__file__)).parent),
     }
 
 
@@ -184,10 +185,10 @@ def _driver() -> str:
     return platform.release()  # of the system's kernel, which has the others
 
 
-def _digest(folder: str) -> str:
+def _digest(folder: Path) -> str:
     """Of the kernels, without their comments and docstrings, and of what they are handed."""
     digest = hashlib.sha256(repr(sorted(one.schema for one in OPERATORS.values())).encode())
-    for path in sorted(Path(folder).glob("*.py")):
+    for path in sorted(folder.glob("*.py")):
         tree = ast.parse(path.read_bytes())
         for node in ast.walk(tree):
             if isinstance(body := getattr(node, "body", None), list):

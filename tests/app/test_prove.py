@@ -13,10 +13,9 @@ from typing import Any
 import pytest
 import torch
 
-from mulki import kernels
 from mulki.app import prove
 from mulki.app.cli import run_command
-from mulki.kernels import schedule
+from mulki.kernels import lookup, schedule
 from mulki.ops import backends, proofs
 from mulki.ops.proofs import Verdict
 from mulki.runs.lock import FolderLock
@@ -57,7 +56,7 @@ def test_bfloat16_at_training_sizes_goes_first() -> None:
 
 
 def test_every_operator_with_triton_kernels_is_tried_at_every_size() -> None:
-    assert set(prove.CASES) == set(kernels.OPERATORS)
+    assert set(prove.CASES) == set(lookup.OPERATORS)
     assert set(prove.SIZES) == set(proofs.SIZES)
     for shapes in (prove.SHAPES, prove.PAIRED_SHAPES):
         for size, of_size in shapes.items():
@@ -123,7 +122,7 @@ def test_pairs_whose_logits_are_made_twice_are_tried() -> None:
 def test_where_the_kernels_do_not_run_the_reason_is_named(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(kernels, "why_not", lambda *_: "there is no C compiler: install gcc")
+    monkeypatch.setattr(lookup, "why_not", lambda *_: "there is no C compiler: install gcc")
     monkeypatch.setattr(proofs, "cards", lambda device: {})
     assert run_command(["prove"]) == 2
     assert "--device: the Triton" in (error := capsys.readouterr().err) and "install gcc" in error

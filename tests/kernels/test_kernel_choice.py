@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.utils._pytree import tree_map_only
 
-from mulki import kernels
+from mulki.kernels import lookup
 from mulki.ops import backends, prepared
 from mulki.ops.operators import OPERATORS, Request
 from tests.kernels.triton_cases import make
@@ -24,20 +24,20 @@ def triton(monkeypatch):
 
 
 def test_every_operator_has_a_kernel():
-    assert sorted(kernels.OPERATORS) == sorted(OPERATORS)
+    assert sorted(lookup.OPERATORS) == sorted(OPERATORS)
 
 
 def test_reasons_without_a_gpu(triton, monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     op = "teacher_kl"
-    assert "no Triton kernel for it" in kernels.why_not("sort", "cuda", torch.float32)
-    assert "not torch.float64" in kernels.why_not(op, "cuda", torch.float64)
-    assert "TRITON_INTERPRET=1" in kernels.why_not(op, "cpu", torch.float32)
-    assert "no GPU" in kernels.why_not(op, "cuda", torch.float32)
-    assert "not mps" in kernels.why_not(op, "mps", torch.float32)
+    assert "no Triton kernel for it" in lookup.why_not("sort", "cuda", torch.float32)
+    assert "not torch.float64" in lookup.why_not(op, "cuda", torch.float64)
+    assert "TRITON_INTERPRET=1" in lookup.why_not(op, "cpu", torch.float32)
+    assert "no GPU" in lookup.why_not(op, "cuda", torch.float32)
+    assert "not mps" in lookup.why_not(op, "mps", torch.float32)
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    assert kernels.why_not(op, "cpu", torch.bfloat16) is None
+    assert lookup.why_not(op, "cpu", torch.bfloat16) is None
 
 
 @pytest.fixture
@@ -48,29 +48,29 @@ def cards(monkeypatch, triton):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: capabilities[i])
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda i: names[i])
-    monkeypatch.setattr(kernels.toolchain, "missing", list)
+    monkeypatch.setattr(lookup.toolchain, "missing", list)
 
 
 def test_the_card_of_the_tensors_is_asked(cards):
-    assert kernels.why_not("siglip", "cuda:1", torch.float32) is None
+    assert lookup.why_not("siglip", "cuda:1", torch.float32) is None
     for device in ("cuda:0", "cuda"):
-        reason = kernels.why_not("siglip", device, torch.float32)
+        reason = lookup.why_not("siglip", device, torch.float32)
         assert "8.0" in reason and "an old card has 7.5" in reason
 
 
 def test_what_triton_builds_with_is_looked_for(cards, monkeypatch):
-    monkeypatch.setattr(kernels.toolchain, "missing", lambda: ["no gcc", "no Python.h"])
-    assert kernels.why_not("siglip", "cuda:1", torch.float32) == "no gcc; no Python.h"
+    monkeypatch.setattr(lookup.toolchain, "missing", lambda: ["no gcc", "no Python.h"])
+    assert lookup.why_not("siglip", "cuda:1", torch.float32) == "no gcc; no Python.h"
 
 
 def test_an_older_torch_is_named(triton, monkeypatch):
     monkeypatch.setattr(torch.backends.cuda, "matmul", object())
-    assert "wants torch 2.11" in kernels.why_not("siglip", "cuda", torch.float32)
+    assert "wants torch 2.11" in lookup.why_not("siglip", "cuda", torch.float32)
 
 
 def test_reason_without_triton(monkeypatch):
     monkeypatch.setitem(sys.modules, "triton", None)
-    reason = kernels.why_not("siglip", "cuda", torch.float32)
+    reason = lookup.why_not("siglip", "cuda", torch.float32)
     assert reason.startswith("triton is not importable (") and "install" in reason
 
 
@@ -113,7 +113,7 @@ def launches():
     def of(op, *arguments, grad=None, reduction="mean", wanted=(True,) * 3):
         with launch.recording("sm_90") as made:
             x = OPERATORS[op].arguments(*arguments)
-            kernels.kernel(op)(x, Request(grad, reduction, wanted))
+            lookup.kernel(op)(x, Request(grad, reduction, wanted))
         return [one for one in made if isinstance(one, launch.Launch)]
 
     return of
@@ -213,7 +213,7 @@ def test_gradients_wait_in_the_dtype_that_every_backend_has(name, dtype):
     request = Request(None, "mean", [True] * case.leaves)
     x = OPERATORS[case.op].arguments(*values)
     with launch.recording("sm_90") as made:
-        found = [kernels.kernel(case.op)(x, request)]
+        found = [lookup.kernel(case.op)(x, request)]
     found.append(backends.BACKENDS["chunked"].kernel(case.op)(x, request))
     found.append(getattr(torch.ops.mulki, case.op)(*x, *request))
     for one in found:
@@ -233,7 +233,7 @@ def recorded(case, wanted, reduction="mean", grad=None):
     gradients = [*map(bool, wanted), *[False] * (case.leaves - 3)]
     with launch.recording("sm_90") as made:
         x = OPERATORS[case.op].arguments(*values[:-1])
-        kernels.kernel(case.op)(x, Request(values[-1], reduction, gradients))
+        lookup.kernel(case.op)(x, Request(values[-1], reduction, gradients))
     return made, [one for one in made if isinstance(one, launch.Product)]
 
 

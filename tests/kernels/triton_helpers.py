@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mulki.kernels import kernel
+from mulki.kernels.lookup import kernel
 from mulki.ops.operators import OPERATORS, Request
 from tests.kernels.triton_cases import Case
 

@@ -217,13 +217,12 @@ def test_what_cpp_does_not_take(monkeypatch):
 
 def test_what_triton_does_not_take(monkeypatch):
     triton = backends.Triton()
-    monkeypatch.setitem(sys.modules, "mulki.kernels", None)
+    monkeypatch.setitem(sys.modules, "mulki.kernels.lookup", None)
     assert "mulki.kernels" in triton.why_not("siglip", "cuda", FULL)
-    kernels = types.ModuleType("mulki.kernels")
-    monkeypatch.setitem(sys.modules, "mulki.kernels", kernels)
-    assert triton.why_not("siglip", "cuda", FULL) == "mulki.kernels is not installed"
-    kernels.kernel = lambda op: len
-    kernels.why_not = lambda op, device_type, dtype: f"no {op} on {device_type}"
+    lookup = types.ModuleType("mulki.kernels.lookup")
+    monkeypatch.setitem(sys.modules, "mulki.kernels.lookup", lookup)
+    lookup.kernel = lambda op: len
+    lookup.why_not = lambda op, device_type, dtype: f"no {op} on {device_type}"
     assert triton.why_not("siglip", "cuda", FULL) == "no siglip on cuda"
     assert triton.kernel("siglip").function is len
     assert "TRITON_INTERPRET" in triton.why_not("siglip", "cpu", FULL)
@@ -233,7 +232,7 @@ def test_what_triton_does_not_take(monkeypatch):
     def broken(op, device_type, dtype):
         raise ImportError("no module named triton")
 
-    kernels.why_not = broken
+    lookup.why_not = broken
     assert triton.why_not("siglip", "cuda", FULL) == "ImportError: no module named triton"
 
 

@@ -169,7 +169,7 @@ def test_words_do_not_change_the_digest_and_code_does(tmp_path: Path) -> None:
 
     def digest(text: str) -> str:
         file.write_text(text)
-        return proofs._digest(str(tmp_path))
+        return proofs._digest(tmp_path)
 
     code = "def f(x):\n    return x + 1\n"
     words = '"""A kernel."""\n\ndef f(x):  # adds\n    """One more."""\n    return x + 1\n'

@@ -11,7 +11,7 @@ import time
 import pytest
 import torch
 
-from mulki import kernels
+from mulki.kernels import lookup
 
 
 @pytest.fixture(autouse=True)
@@ -21,5 +21,5 @@ def kernels_alone(monkeypatch: pytest.MonkeyPatch) -> None:
         pytest.skip("out of time")
     monkeypatch.setenv("MULKI_BACKEND", "triton")
     monkeypatch.setenv("MULKI_STRICT", "1")
-    if reason := kernels.why_not("siglip", "cuda:0", torch.float32):
+    if reason := lookup.why_not("siglip", "cuda:0", torch.float32):
         pytest.skip(reason)

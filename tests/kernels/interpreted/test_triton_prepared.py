@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mulki.kernels import kernel, schedule
+from mulki.kernels import schedule
+from mulki.kernels.lookup import kernel
 from mulki.ops import backends, prepared, use_backend
 from mulki.ops.operators import OPERATORS, Request
 from tests.kernels.triton_cases import NAMES, Case, make

@@ -1,4 +1,4 @@
-"""Triton kernels, imported as `mulki.kernels`. Importing this package does not import Triton.
+"""Which Triton kernels there are, in this folder `mulki.kernels`, without importing Triton.
 
 A module per operator has a function of its name, from the operator's arguments and what is asked of
 it (`mulki.ops.operators.Request`) to its results. Arguments are not checked: `mulki.ops` does that.
@@ -67,7 +67,7 @@ def _missing(asked: torch.device) -> str | None:
 
 def kernel(op: str) -> Callable[..., Any]:
     """The function of `op`, on the device of its tensors; ask `why_not` first."""
-    function = getattr(importlib.import_module(f"{__name__}.{op}"), op)
+    function = getattr(importlib.import_module(f"mulki.kernels.{op}"), op)
 
     def on_its_device(x: Any, request: Any) -> tuple[torch.Tensor, ...]:
         with prepared.current_device(x[0].device):
