@@ -27,7 +27,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from benchmarks.kernels.ahead_of_time import NUMBER_FORMATS, asking, precision
-from mulki import Similarity, functional, kernels
+from mulki import Similarity, functional
+from mulki.kernels import lookup
 from mulki.kernels.common import ceil_div, next_power_of_2
 from mulki.kernels.launch import Launch, Product, recording
 from mulki.kernels.schedule import TILE, padded_operations
@@ -175,7 +176,7 @@ class _Direct:
 def on_meta() -> Iterator[None]:
     """The public functions take the Triton kernels for tensors of the device "meta"."""
     patches = (
-        (kernels, "why_not", lambda *_: None),
+        (lookup, "why_not", lambda *_: None),
         # Where a mode of the dispatcher listens, or tensors have no values, the way is another one.
         (direct, "_may_be_direct", lambda *_: True),
         (torch_private, "is_plain", lambda *_: True),
