@@ -21,7 +21,7 @@ head which of these it is:
 So an image of a class that was not learned yet is never lost to the head. What it wins or loses
 from is the choice among the learned classes alone.
 
-Source: our choice, by measurement (docs/method.md). Related: the ridge regression of RAIL (Xu et
+Source: our choice, by measurement (docs/presets.md). Related: the ridge regression of RAIL (Xu et
 al., NeurIPS 2024), and LDA on features of a frozen model (Hayes and Kanan, CVPR Workshops 2020).
 """
 

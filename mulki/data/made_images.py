@@ -13,7 +13,7 @@ the task after one of these changes, the same one every time:
     crop       a rectangle of 0.3 of its area, enlarged to its size
     noise      noise of its size, nothing else
 
-The first four are the default. Source: our measurements (docs/method.md). CutMix is that of Yun et
+The first four are the default. Source: our measurements (docs/presets.md). CutMix is that of Yun et
 al. (ICCV 2019), with a fixed area.
 """
 

@@ -17,7 +17,7 @@ from mulki.errors import InputError
 from mulki.train.config import presets
 from tests import ROOT, train_helpers
 
-# What docs/method.md calls the rows of the comparison.
+# What the docs call the rows of the comparison.
 CALLED = {
     "zero-shot": "zero_shot",
     "fine-tuning": "finetune",
@@ -236,9 +236,12 @@ def test_the_page_of_results_is_that_of_the_lines() -> None:
 
 
 def test_the_docs_show_the_figures_of_the_lines() -> None:
-    """The tables of the six orders and of the sequences in docs/method.md, and the README's."""
+    """The tables of the six orders and of the sequences in the docs, and the README's."""
     lines = [r for r in compare.standing(compare.read_results()) if r["study"] == "compare"]
-    method = (ROOT / "docs" / "method.md").read_text(encoding="utf-8")
+    method, more = (
+        (ROOT / "docs" / page).read_text(encoding="utf-8")
+        for page in ("method.md", "more-results.md")
+    )
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
 
     def measured(places: Sequence[str], columns: dict[str, Any]) -> dict[str, list[str]]:
@@ -246,8 +249,8 @@ def test_the_docs_show_the_figures_of_the_lines() -> None:
         found = rows(tables.table(of, columns))
         return {name: cells[1 : 1 + len(columns)] for name, cells in found.items()}
 
-    def shown(after: str, before: str) -> dict[str, list[str]]:
-        part = method.partition(after)[2].partition(before)[0]
+    def shown(page: str, after: str, before: str) -> dict[str, list[str]]:
+        part = page.partition(after)[2].partition(before)[0]
         return {CALLED[name]: cells for name, cells in rows(part).items() if name in CALLED}
 
     def agree(cells: dict[str, list[str]], found: dict[str, list[str]]) -> None:
@@ -259,20 +262,20 @@ def test_the_docs_show_the_figures_of_the_lines() -> None:
 
     columns = {name: of for name, of in tables.OF_ORDERS.items() if name != "transfer"}
     found = measured(studies.ORDERS, columns)
-    means = shown("### Six tasks", "| MulKI less ")
+    means = shown(method, "### Six tasks", "| MulKI less ")
     agree({name: cells[1:] for name, cells in means.items()}, found)
-    less = shown("| MulKI less ", "### Class-incremental")
-    assert {f"mulki less {name}": cells for name, cells in less.items()} == {
-        name: cells for name, cells in found.items() if name.startswith("mulki less")
-    }
+    less = shown(method, "| MulKI less ", "### What each part")
+    assert less
+    for name, cells in less.items():
+        assert cells == found[f"mulki less {name}"], name
     for name in ("zero_shot", "finetune", "mulki"):
         kept, _, *accuracies = means[name][1:]
         figures_of = accuracies[0], accuracies[2], accuracies[4]
         assert all(f" {value} %" in readme for value in figures_of), name
         assert name == "zero_shot" or f" {kept.lstrip('-')} points" in readme
     columns = {name: of for name, of in tables.OF_SEQUENCES.items() if name.startswith("cil")}
-    agree(shown("Flags, which", "Glyphs:"), measured(["embedded-flags"], columns))
-    agree(shown("Glyphs:", "### What each part"), measured(["embedded-glyphs"], columns))
+    agree(shown(more, "Flags, which", "Glyphs:"), measured(["embedded-flags"], columns))
+    agree(shown(more, "Glyphs:", "## On a transformer"), measured(["embedded-glyphs"], columns))
 
 
 def test_the_running_mean_of_a_short_task_has_members_near_its_end() -> None:
