@@ -8,8 +8,8 @@ teachers is re-weighted per sample by what each is good at. Our choice: the gate
 `mulki.functional.teacher_kl`; "label" asks which teacher gives the true class more probability),
 that one weight serves all levels of distillation, and that a class without a sample in the batch
 weighs its teachers equally. Weights are constants for autograd. Held on made images, as by
-default, the method `mulki` has the gate of Select-and-Distill, "discrepancy". docs/method.md has
-what gates gave.
+default, the method `mulki` has the gate of Select-and-Distill, "discrepancy". docs/more-results.md
+has what gates gave.
 
 The image-to-text relation is the distribution that a gate looks at, so the pass that computes its
 divergence gives the weights too.

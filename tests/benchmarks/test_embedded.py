@@ -274,8 +274,8 @@ def test_the_docs_show_the_figures_of_the_lines() -> None:
         assert all(f" {value} %" in readme for value in figures_of), name
         assert name == "zero_shot" or f" {kept.lstrip('-')} points" in readme
     columns = {name: of for name, of in tables.OF_SEQUENCES.items() if name.startswith("cil")}
-    agree(shown(more, "Flags, which", "Glyphs:"), measured(["embedded-flags"], columns))
-    agree(shown(more, "Glyphs:", "## On a transformer"), measured(["embedded-glyphs"], columns))
+    agree(shown(more, "Flags, which", "Glyphs ("), measured(["embedded-flags"], columns))
+    agree(shown(more, "Glyphs (", "## On a transformer"), measured(["embedded-glyphs"], columns))
 
 
 def test_the_running_mean_of_a_short_task_has_members_near_its_end() -> None:
