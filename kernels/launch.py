@@ -1,10 +1,9 @@
 """Launches a kernel on the current device and stream. All launches go here.
 
-`Repeated` launches a kernel again and again, where arguments differ in counts alone, and small
-calls keep their launches for later calls (`mulki.ops.prepared`). `multiply` launches a matrix
-product of the library that torch calls (cuBLAS, hipBLAS). `recording` collects what operators
-launch instead of launching it. The operators then run on tensors of the device "meta":
-`benchmarks/kernels/ahead_of_time.py` compiles what a GPU would have been given, and
+`Repeated` launches a kernel again and again, where arguments differ in counts alone. `multiply`
+launches a matrix product of the library that torch calls (cuBLAS, hipBLAS). `recording` collects
+what operators launch instead of launching it. The operators then run on tensors of the device
+"meta": `benchmarks/kernels/ahead_of_time.py` compiles what a GPU would have been given, and
 `python -m benchmarks.kernels plan` counts it.
 """
 
@@ -18,8 +17,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from triton.compiler import CompiledKernel
-
-from mulki.ops import prepared
 
 from . import common
 
@@ -55,22 +52,7 @@ def launch(kernel: Any, grid: tuple[int, ...], warps: int, stages: int, **argume
     if _recorded is not None:
         _recorded.append(Launch(kernel, grid, arguments, options))
         return None
-    recorder = prepared.recorder()
-    if recorder is None:
-        return kernel[grid](**arguments, **options)
-    with recorder.paused():
-        compiled = kernel[grid](**arguments, **options)
-    if isinstance(compiled, CompiledKernel):
-        recorder.launched(compiled[(*grid, 1, 1)[:3]], [arguments[p.name] for p in kernel.params])
-        return compiled
-
-    names = tuple(arguments)
-
-    def run(*values: Any) -> None:
-        kernel[grid](**dict(zip(names, values, strict=True)), **options)
-
-    recorder.launched(run, list(arguments.values()))
-    return compiled
+    return kernel[grid](**arguments, **options)
 
 
 class Repeated:
@@ -94,7 +76,7 @@ class Repeated:
         """Launch with these counts, which are not negative."""
         self._arguments.update(counts)
         fits = max(counts.values()) <= INT32  # beyond, a count is of another type
-        if fits and self._run is not None and prepared.recorder() is None:
+        if fits and self._run is not None:
             self._run(*self._arguments.values())
             return
         compiled = self._launch(**self._arguments)
@@ -133,8 +115,7 @@ def recording(architecture: str) -> Iterator[list[Launch | Product]]:
     _recorded = launches
     common.assume_architecture(architecture)
     try:
-        with prepared.forbidden():
-            yield launches
+        yield launches
     finally:
         _recorded = None
         common.assume_architecture(None)

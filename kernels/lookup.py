@@ -9,11 +9,12 @@ from __future__ import annotations
 import importlib
 import os
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 
-from mulki.ops import prepared, toolchain
+from mulki.ops import toolchain
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CAPABILITY = (8, 0)  # the first with bfloat16 and tf32 on tensor cores
@@ -70,7 +71,21 @@ def kernel(op: str) -> Callable[..., Any]:
     function = getattr(importlib.import_module(f"mulki.kernels.{op}"), op)
 
     def on_its_device(x: Any, request: Any) -> tuple[torch.Tensor, ...]:
-        with prepared.current_device(x[0].device):
+        with current_device(x[0].device):
             return function(x, request)
 
     return on_its_device
+
+
+def current_device(device: torch.device) -> AbstractContextManager[Any]:
+    """Makes `device` the current one. Triton launches there, wherever the tensors are."""
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        return torch.cuda.device(device)
+    if device.type == "xpu":
+        return torch.xpu.device(device)
+    return nullcontext()
+
+
+def is_capturing() -> bool:
+    """Whether launches go into a CUDA graph, where each costs the host nothing later."""
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()

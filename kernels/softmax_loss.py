@@ -18,9 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mulki.ops import prepared
-
-from . import common, results, schedule, whole_rows
+from . import common, lookup, results, schedule, whole_rows
 from .chunks import BlockKernel, Blocks, OperandGradients, row_programs
 from .common import ceil_div
 from .launch import Repeated
@@ -254,7 +252,7 @@ def compute(
 ) -> tuple[Tensor, ...]:
     """The results of an operator, of at least one row."""
     spills = common.architecture(leaves[0].device).startswith("gfx1")  # registers, on AMD's RDNA
-    whole = not spills and not prepared.is_capturing()  # a graph saves the host launches, too
+    whole = not spills and not lookup.is_capturing()  # a graph saves the host launches, too
     plan = schedule.plan(schedule.Problem.of(rows.models, any(request.wanted[:2]), whole=whole))
     function = whole_rows.compute if plan.schedule == "rows" else _in_blocks
     of_operands = function(rows, request.wanted, results.dtype(request, leaves[0]), plan)

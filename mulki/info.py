@@ -9,15 +9,15 @@ from __future__ import annotations
 import os
 import sys
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from types import ModuleType
+from typing import NamedTuple
 
 import torch
 
 from mulki import __version__
 from mulki.ops import backends, loader, torch_private
-from mulki.ops.serving import grouped
 from mulki.runs.environment import environment
 
 # Variables of other packages that decide which kernel runs, or how.
@@ -75,6 +75,41 @@ def info() -> Info:
     )
 
 
+class Group(NamedTuple):
+    """Operators that one backend serves, better ones being rejected for the same reasons."""
+
+    device_type: str
+    dtypes: tuple[str, ...]  # such as "float32"
+    backend: str  # in words
+    rejected: tuple[tuple[str, str], ...]  # better backends, and why they do not serve
+    ops: tuple[str, ...]
+
+    @property
+    def where(self) -> str:
+        """Device and dtypes in words."""
+        return f"{self.device_type}, {' and '.join(self.dtypes)}"
+
+    @property
+    def reasons(self) -> str:
+        """The better backends and why they do not serve, in words; empty where there are none."""
+        return "; ".join(f"{name}: {why}" for name, why in self.rejected)
+
+
+def grouped(served: Iterable[backends.Served]) -> list[Group]:
+    """Who serves the operators, gathered for people to read."""
+    dtypes: dict[tuple[str, str, str, tuple[tuple[str, str], ...]], list[str]] = {}
+    for one in served:
+        backend = one.backend
+        if one.least:
+            backend = f"{backend} from {one.least} logits on, chunked below"
+        key = one.device_type, one.op, backend, tuple(one.rejected.items())
+        dtypes.setdefault(key, []).append(str(one.dtype).removeprefix("torch."))
+    ops: dict[Group, list[str]] = {}
+    for (device, op, backend, rejected), names in dtypes.items():
+        ops.setdefault(Group(device, tuple(names), backend, rejected, ()), []).append(op)
+    return [group._replace(ops=tuple(names)) for group, names in ops.items()]
+
+
 def gpu_names() -> list[str]:
     """The GPUs that torch can use."""
     names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
@@ -109,7 +144,7 @@ def _table(rows: Mapping[str, str]) -> list[str]:
 
 
 def _serving(served: list[backends.Served]) -> list[str]:
-    """One paragraph for all operators that share device, dtypes, sizes, backend and reasons."""
+    """One paragraph for all operators that share device, dtypes, backend and reasons."""
     lines = []
     for group in grouped(served):
         lines.append(f"  {group.where}: {group.backend}")

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mulki.clip.features import Features
+from mulki.ops import backends
 from mulki.runs import environment
 
 
@@ -63,6 +64,13 @@ def git_asked_once() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(environment, "git_state", asked)
         yield
+
+
+@pytest.fixture(autouse=True)
+def environment_read_anew() -> Iterator[None]:
+    """What a test has set chooses no backend in the next one."""
+    yield
+    backends.read_environment()
 
 
 @pytest.fixture(scope="module")

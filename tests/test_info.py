@@ -57,6 +57,7 @@ def test_a_backend_that_does_not_exist_is_told_and_auto_reported(monkeypatch, ca
     monkeypatch.delenv("MULKI_BACKEND", raising=False)
     expected = backends.report()
     monkeypatch.setenv("MULKI_BACKEND", "eager")
+    backends.read_environment()
     with pytest.raises(ValueError, match="^MULKI_BACKEND: got 'eager'"):
         backends.report()
     text = python("-m", "mulki.info")
@@ -111,6 +112,7 @@ def test_fallbacks_are_shown(monkeypatch: pytest.MonkeyPatch) -> None:
 def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("MULKI_BACKEND", "TRITON_INTERPRET"):
         monkeypatch.delenv(name, raising=False)
+    backends.read_environment()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.xpu, "is_available", lambda: False)
 

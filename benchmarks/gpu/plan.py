@@ -21,8 +21,8 @@ TOTAL = 520.0  # seconds; what has begun then has a minute more
 
 KEPT = 0.03  # of it, for tables and figures of what was measured
 
-#: What is timed first: what serves without a proof, what `mulki prove` decides about, what others
-#: have, and the least that it takes.
+#: What is timed first: what serves unasked, what `mulki doctor --kernels` decides about, what
+#: others have, and the least that it takes.
 PROVIDERS = (
     "compile",  # first, since it makes torch forget what others have compiled
     "mulki-chunked",
@@ -117,7 +117,7 @@ class Plan:
     def variables(self) -> dict[str, str]:
         """Environment of the commands: the kernels have to be asked for, and nobody stands in."""
         if self.machine.rehearsal:
-            # A GPU that is here all the same is not touched, and the user's proofs are kept.
+            # A GPU that is here all the same is not touched, and the user's files are kept.
             return {"CUDA_VISIBLE_DEVICES": "", "MULKI_CACHE_DIR": str(self.out / "cache")}
         return {} if self.machine.no_gpu else {"MULKI_BACKEND": "triton", "MULKI_STRICT": "1"}
 
@@ -205,11 +205,8 @@ class Plan:
         return f"this Triton has no instrumentation {mode!r} for this GPU: nothing would be checked"
 
     def _proof(self, seconds: float) -> Commands:
-        limit = f"{seconds:.0f}"
-        if self.machine.rehearsal:
-            rehearsal = [PYTHON, "-m", "benchmarks.gpu.rehearsal", "proof", limit]
-            return {"proof": [*_interpreter(), *rehearsal]}
-        return {"proof": [PYTHON, "-m", "mulki", "prove", "--limit", limit]}
+        doctor = [PYTHON, "-m", "mulki", "doctor", "--kernels"]
+        return {"proof": [*_interpreter(), *doctor] if self.machine.rehearsal else doctor}
 
     def _tables(self, seconds: float) -> Commands:
         return {"tables": [PYTHON, "-m", "benchmarks.ops", "table", str(self.csv_file)]}

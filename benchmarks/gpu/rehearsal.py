@@ -1,7 +1,6 @@
 """What stands in for a GPU in `benchmarks/gpu.sh OUT --rehearse`.
 
 python -m benchmarks.gpu.rehearsal sanitizer --tool racecheck ... COMMAND
-python -m benchmarks.gpu.rehearsal proof 60
 """
 
 from __future__ import annotations
@@ -32,17 +31,5 @@ def sanitizer(options: Sequence[str]) -> int:
     return status
 
 
-def proof(options: Sequence[str]) -> int:
-    """`mulki prove` of float32 at two tiny shapes, in at most so many seconds."""
-    from mulki.app import prove
-
-    wanted = [
-        job._replace(shapes=((8, 8, 16), (9, 9, 24)))
-        for job in prove.jobs()
-        if job[1:3] == ("float32", "small")
-    ]
-    return prove.report("cpu", limit=float(options[0]), wanted=wanted)
-
-
 if __name__ == "__main__":
-    sys.exit({"sanitizer": sanitizer, "proof": proof}[sys.argv[1]](sys.argv[2:]))
+    sys.exit({"sanitizer": sanitizer}[sys.argv[1]](sys.argv[2:]))

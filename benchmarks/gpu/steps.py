@@ -31,8 +31,6 @@ _TOLD = (
     re.compile(r"^(SKIPPED .*)"),
     re.compile(r"^(=+ )?(\d+ (?:passed|failed|skipped|error).* in [\d.]+s.*?)( =+)?$"),
     re.compile(r"^.*: (failed: .*)"),
-    re.compile(r"^(\w+ +\w+ +(?:small|medium|large) .*(?<!  right))$"),  # of a proof
-    re.compile(r"^(\d+ of \d+ verdicts? .*)"),
     re.compile(r"^=+ ((?:ERROR|RACECHECK) SUMMARY: .*)"),
     re.compile(r"^=+ ((?:Error|Warning): .*)", re.IGNORECASE),
 )

@@ -37,7 +37,6 @@ from mulki.ops import (
     backends,
     direct,
     operators,
-    prepared,
     siglip,
     torch_private,
     use_backend,
@@ -112,7 +111,7 @@ def counts(
         one_memory: whether the features of all models lie beside each other, and their prototypes.
     """
     step = step_of(operator, n, p, d, number_format, one_memory=one_memory)
-    captured = mock.patch.object(prepared, "is_capturing", lambda: in_graph)
+    captured = mock.patch.object(lookup, "is_capturing", lambda: in_graph)
     with precision("sm_90", number_format), recording("sm_90") as launches, on_meta(), captured:
         extra = _observed(step, launches)
     work = tuple(one if isinstance(one, Work) else _work(one, 2 * n * p * d) for one in launches)

@@ -118,7 +118,6 @@ def _dispatch(argv: list[str]) -> int:
         "reproduce": _reproduce,
         "tasks": _tasks,
         "bench": _bench,
-        "prove": _prove,
         "doctor": _doctor,
         "completion": _completion,
     }
@@ -346,22 +345,6 @@ def _completion(argv: list[str]) -> int:
 
     print(argcomplete.shellcode(["mulki"], shell=parser.parse_args(argv).shell))
     return 0
-
-
-def _prove(argv: list[str]) -> int:
-    """Show where the Triton kernels are right and faster on this GPU: mulki prove"""
-    from mulki.app.prove import report
-
-    parser = Parser(prog="mulki prove", description=_prove.__doc__)
-    parser.add_argument(
-        "--device", help="cuda, xpu, or one GPU, as cuda:1 (default: every kind of GPU here)"
-    )
-    parser.add_argument(
-        "--again", action="store_true", help="seek verdicts anew that are there already"
-    )
-    parser.add_argument("--limit", type=float, help="seconds for all; what is left is not tried")
-    arguments = parser.parse_args(argv)
-    return report(arguments.device, arguments.again, arguments.limit)
 
 
 def _doctor(argv: list[str]) -> int:

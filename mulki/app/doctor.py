@@ -15,9 +15,8 @@ import torch
 from packaging.requirements import Requirement
 
 from mulki.errors import InputError, counted
-from mulki.info import FOREIGN, gpu_names
+from mulki.info import FOREIGN, gpu_names, grouped
 from mulki.ops import backends, loader
-from mulki.ops.serving import grouped
 from mulki.runs.environment import cores
 
 Level = Literal["ok", "note", "problem"]

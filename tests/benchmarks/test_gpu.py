@@ -22,7 +22,6 @@ from benchmarks.gpu.probe import MODES, Machine
 from benchmarks.gpu.rehearsal import _FALSE_ALARM
 from benchmarks.gpu.steps import GRACE, Step, run_step, summary
 from mulki.app.cli import run_command
-from mulki.app.prove import CASES
 from mulki.bench.report import read_rows
 from tests import ROOT, project_files
 
@@ -86,11 +85,8 @@ def test_a_rehearsal_runs_every_step(tmp_path: Path) -> None:
     assert "| dual_teacher_kl |" in (out / "tables.md").read_text()
     with tarfile.open(out / "results.tar.gz") as archive:
         names = {Path(name).name for name in archive.getnames()}
-        proof = archive.extractfile("results/proof.log").read()  # type: ignore[union-attr]
         logged = archive.extractfile("results/tests-small.log").read()  # type: ignore[union-attr]
     assert {"summary.txt", "environment.log", "racecheck.log", "largest.log"} <= names
-    assert proof.decode().count("  right\n") == len(CASES)
-    assert f"{len(CASES)} of {len(CASES)} verdicts are there" in text
     assert logged.decode().count(": ran\n") == 16
 
 
@@ -208,7 +204,7 @@ def test_the_commands_ask_for_what_there_is(
         assert instrumented[:2] == ["env", f"TRITON_INSTRUMENTATION_MODE={mode}"]
         assert instrumented[-1] == "--again"
     (proof,) = steps["proof"].commands(60.0).values()
-    assert proof[1:] == ["-m", "mulki", "prove", "--limit", "60"]
+    assert proof[1:] == ["-m", "mulki", "doctor", "--kernels"]
 
 
 def test_a_rehearsal_has_the_same_steps_and_touches_no_gpu_and_no_proof(
@@ -246,9 +242,6 @@ def test_what_a_step_says_is_in_the_summary(tmp_path: Path) -> None:
         "mulki: failed: loss: relative error 1",
         "SKIPPED [3] tests/a.py:3: out of time",
         "2 failed, 3 passed, 1 skipped in 12.3s (0:01:00)",
-        "siglip                   float32   small       -     -  loss: relative error 3",
-        "siglip                   bfloat16  small    1.25  0.90  right",
-        "6 of 72 verdicts are there of a card; the others: `mulki prove`",
         "a line of no interest",
     )
     code = f"import os, sys\nprint({chr(10).join(lines)!r}, os.environ['ONE'])\nsys.exit(3)"
@@ -257,7 +250,7 @@ def test_what_a_step_says_is_in_the_summary(tmp_path: Path) -> None:
     told = [remark.removeprefix("one.log: ") for remark in found.remarks]
     assert told[:2] == list(lines[:2]) and told[2] == "ERROR SUMMARY: 3 errors"
     assert told[3] == "failed: loss: relative error 1" and told[4:6] == list(lines[4:6])
-    assert told[6:] == [lines[6], lines[8], "exit status 3"]
+    assert told[6:] == ["exit status 3"]
     skipped = run_step(step("", skip="no card"), tmp_path, 100.0, {})
     text = summary([found, skipped], "a card", 12.0)
     assert text.startswith("benchmarks/gpu.sh on a card: 1 failed, 1 skipped in 12 s\n")

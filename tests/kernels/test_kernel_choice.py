@@ -12,7 +12,7 @@ import torch
 from torch.utils._pytree import tree_map_only
 
 from mulki.kernels import lookup
-from mulki.ops import backends, prepared
+from mulki.ops import backends
 from mulki.ops.operators import OPERATORS, Request
 from tests.kernels.triton_cases import make
 
@@ -128,9 +128,9 @@ def operands(n, p, d=64, dtype=torch.bfloat16):
 
 
 def test_the_device_of_the_tensors_is_made_the_current_one_once(launches, monkeypatch):
-    noted, usual = [], prepared.current_device
+    noted, usual = [], lookup.current_device
     monkeypatch.setattr(
-        prepared, "current_device", lambda device: (noted.append(device), usual(device))[1]
+        lookup, "current_device", lambda device: (noted.append(device), usual(device))[1]
     )
     assert len(launches("contrastive", *operands(300, 300))) > 3
     assert noted == [torch.device("meta")]

@@ -31,5 +31,7 @@ def calls(monkeypatch):
             return lambda x, request: (made.append((op, x, request)), kernel(x, request))[1]
 
     monkeypatch.setitem(backends.BACKENDS, "reference", Spy("mulki.ops.reference"))
+    backends.forget_choices()
     with use_backend("reference"):
         yield made
+    backends.forget_choices()

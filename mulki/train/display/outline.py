@@ -11,10 +11,10 @@ from mulki.clip.models.adapters import Adapters
 from mulki.data import Task
 from mulki.data.sequences import has_orders
 from mulki.errors import counted
+from mulki.info import grouped
 from mulki.methods import Method
 from mulki.methods.base import WORDS
 from mulki.ops import backends
-from mulki.ops.serving import grouped
 from mulki.runs.metrics import ZERO_SHOT
 from mulki.train.config.run_config import RunConfig
 from mulki.train.config.tasks import needs_of
@@ -167,9 +167,8 @@ def _kernels(device: torch.device) -> str:
     texts = []
     for group in grouped(here):
         which = "all operators" if len(group.ops) == every else ", ".join(group.ops)
-        sizes = f" at {' and '.join(group.sizes)} sizes" if group.sizes else ""
         reasons = f" ({group.reasons})" if group.reasons else ""
-        texts.append(f"{group.backend} for {which}{sizes}{reasons}")
+        texts.append(f"{group.backend} for {which}{reasons}")
     return "; ".join(texts) or "plain PyTorch"
 
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from mulki.kernels import lookup
+from mulki.ops import backends
 
 
 @pytest.fixture(autouse=True)
@@ -21,5 +22,6 @@ def kernels_alone(monkeypatch: pytest.MonkeyPatch) -> None:
         pytest.skip("out of time")
     monkeypatch.setenv("MULKI_BACKEND", "triton")
     monkeypatch.setenv("MULKI_STRICT", "1")
+    backends.read_environment()
     if reason := lookup.why_not("siglip", "cuda:0", torch.float32):
         pytest.skip(reason)
