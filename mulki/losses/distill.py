@@ -50,7 +50,7 @@ class DistillClipLoss(ClipLoss):
     ) -> None:
         flags = local_loss, gather_with_grad, cache_labels
         super().__init__(*flags, rank, world_size, use_horovod, group=group)
-        checks.positive("temperature", temperature)
+        checks.temperature("temperature", temperature)
         self.temperature = temperature
         self._weigh(Weighting.of("uniform"))
 
@@ -193,7 +193,7 @@ class DualTeacherClipLoss(DistillClipLoss):
             group=group,
         )
         self._weigh(Weighting.of(gate, gate_temperature, gate_entropy, gate_label))
-        checks.positive("gate_temperature", gate_temperature)
+        checks.temperature("gate_temperature", gate_temperature)
 
     def extra_repr(self) -> str:
         return arguments_shown(self, **self._given, **self.weighting.arguments)

@@ -12,7 +12,6 @@ Both are read at import, and when a `use_backend` begins or ends; see `read_envi
 
 from __future__ import annotations
 
-import functools
 import importlib
 import math
 import os
@@ -20,12 +19,13 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from mulki.ops import checks, torch_private, wins
+from mulki.ops import checks, wins
 from mulki.ops.logits import autocasting
 from mulki.ops.operators import OPERATORS, Arguments, Operator, Request
 
@@ -38,8 +38,25 @@ ELSEWHERE = ("triton", "chunked")
 
 
 @dataclass(frozen=True)
+class PlainKernel:
+    """An operator in plain PyTorch, by a module of mulki/ops."""
+
+    module: ModuleType
+    operator: Operator
+
+    def __call__(self, x: Arguments, request: Request) -> tuple[Tensor, ...]:
+        found: tuple[Tensor, ...] = self.module.run(self.operator, x, request)
+        return found
+
+    def at_once(self, x: Arguments, reduction: str) -> tuple[Tensor, ...] | None:
+        """The loss in training and the details, without the dispatcher, where that is possible."""
+        found: tuple[Tensor, ...] | None = self.module.at_once(self.operator, x, reduction)
+        return found
+
+
+@dataclass(frozen=True)
 class PlainPyTorch:
-    """Serves all operators on any device, by the function `run` of a module."""
+    """Serves all operators on any device."""
 
     module: str
 
@@ -49,7 +66,7 @@ class PlainPyTorch:
 
     def kernel(self, op: str) -> Kernel:
         """The kernel of `op`; ask `why_not` first."""
-        return functools.partial(importlib.import_module(self.module).run, OPERATORS[op])
+        return PlainKernel(importlib.import_module(self.module), OPERATORS[op])
 
 
 @dataclass(frozen=True)
@@ -74,8 +91,6 @@ class Cpp:
             reason: str | None = importlib.import_module("mulki.ops.loader").load()
         except Exception as error:
             return _reason(error)
-        if reason is None and not torch_private.has_cpu_kernel(op):
-            return f"the library has no kernel for {op}"
         return reason
 
     def kernel(self, op: str) -> Kernel:
@@ -231,6 +246,20 @@ def kernel(op: str, device_type: str, dtype: torch.dtype, logits: float = math.i
     return large if logits >= least else small
 
 
+def may_be_triton(op: str, features: Tensor) -> bool:
+    """Whether a Triton kernel may serve calls with these features; compiled code leaves it open.
+
+    Raises:
+        RuntimeError, ValueError: see `kernel`.
+    """
+    if features.is_cpu and not _settings.interpreted:
+        return False
+    if torch.compiler.is_compiling():
+        return True
+    found = kernel(op, features.device.type, features.dtype)
+    return not isinstance(found, (CppKernel, PlainKernel))
+
+
 def _chosen(op: str, device_type: str, dtype: torch.dtype) -> tuple[Kernel, float, Kernel]:
     settings, kernels = _settings, _kernels  # which another thread may change
     served = choose(op, device_type, dtype, settings.backend)
@@ -263,7 +292,7 @@ def choose(op: str, device_type: str, dtype: torch.dtype, setting: str | None = 
     checks.choice("MULKI_BACKEND", setting, NAMES)
     if dtype == torch.float64 and setting != "chunked":
         return Served(op, device_type, dtype, "reference", {})
-    names = CANDIDATES.get(device_type, ELSEWHERE) if setting == "auto" else (setting,)
+    names = _candidates(op, device_type) if setting == "auto" else (setting,)
     rejected: dict[str, str] = {}
     for name in names:
         least = 0.0
@@ -276,6 +305,12 @@ def choose(op: str, device_type: str, dtype: torch.dtype, setting: str | None = 
             return Served(op, device_type, dtype, name, rejected, least)
         rejected[name] = reason
     return Served(op, device_type, dtype, "chunked", rejected)
+
+
+def _candidates(op: str, device_type: str) -> tuple[str, ...]:
+    # On the CPU similarity is plain PyTorch.
+    of_device = CANDIDATES.get(device_type, ELSEWHERE)
+    return tuple(name for name in of_device if not (name == "cpp" and op == "similarity"))
 
 
 def use_backend(name: str) -> AbstractContextManager[None]:
@@ -328,7 +363,7 @@ def report() -> list[Served]:
 
 def _explained(served: Served) -> Served:
     # With a reason for each better backend that was not asked.
-    better = (*CANDIDATES.get(served.device_type, ELSEWHERE), "reference")
+    better = (*_candidates(served.op, served.device_type), "reference")
     place = better.index(served.backend) if served.backend in better else 0
     reasons = dict(served.rejected)
     for name in better[:place]:

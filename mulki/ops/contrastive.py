@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch.nn.functional as F
 from torch import Tensor
 
-from mulki.ops import checks, direct
+from mulki.ops import calls, checks
 from mulki.ops.arguments import refuse_transforms, rounded, scalar, with_bias
 from mulki.ops.logits import Operands, logits
 from mulki.ops.registry import define
@@ -53,4 +53,4 @@ def loss(operands: Operands, logit_bias: Tensor | float | None, reduction: str) 
     refuse_transforms(operands)
     images, texts, scale = rounded(operands, _NAMES)
     x = Contrastive(images, texts, scalar(scale, images))
-    return with_bias(direct.call("contrastive", x, reduction)[0], logit_bias)
+    return with_bias(calls.call("contrastive", x, reduction)[0], logit_bias)

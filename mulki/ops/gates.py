@@ -143,9 +143,16 @@ class Weighting(NamedTuple):
         Raises:
             TypeError, ValueError: there is none, or a number is missing, out of range or not its.
         """
+        key = gate, temperature
+        plain = type(temperature) is float and entropy is None and label is None
+        if plain and (known := _weightings.get(key)) is not None:
+            return known
         found = find_gate(gate)
-        checks.real("gate_temperature", temperature)
-        return cls(found, float(temperature), *found.numbers(entropy, label))
+        checks.temperature("gate_temperature", temperature)
+        weighting = cls(found, float(temperature), *found.numbers(entropy, label))
+        if plain and not torch.compiler.is_compiling():
+            _weightings[key] = weighting
+        return weighting
 
     @property
     def numbers(self) -> tuple[float, float, float]:
@@ -173,12 +180,15 @@ class Weighting(NamedTuple):
         return self.gate.needs_target or self.label != 0
 
 
+#: Of gates and temperatures without other numbers: a loss asks for the same one at every step.
+_weightings: dict[tuple[str, float], Weighting] = {}
+
+
 def row_weights(
-    log_p: Tensor,  # [N, K, P] teachers' log-probabilities at temperature T
-    entropy: Tensor,  # [N, K]
+    entropy: Tensor,  # [N, K] of the teachers
+    at_target: Tensor | None,  # [N, K], their log-probability of the target, where b is not 0
     gate_entropy: float,  # a
     gate_label: float,  # b
-    target: Tensor | None,  # [N] int64, wanted where b is not 0
     gate_temperature: float,
 ) -> Tensor:  # [N, K], rows sum to 1
     """The weights of a row-wise gate: the specification of what the operators compute."""
@@ -186,9 +196,8 @@ def row_weights(
     if gate_entropy:
         score = score - gate_entropy * entropy
     if gate_label:
-        assert target is not None
-        index = target.reshape(-1, 1, 1).expand(-1, log_p.shape[1], 1)
-        score = score + gate_label * log_p.gather(2, index).squeeze(2)
+        assert at_target is not None
+        score = score + gate_label * at_target
     return torch.softmax(score / gate_temperature, dim=1)
 
 

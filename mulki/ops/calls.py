@@ -1,0 +1,82 @@
+"""The call of an operator for a loss in training, by the shortest way to who serves it.
+
+That is `torch.ops.mulki.<op>`, whose gradients of a sum or a mean come with it. Small calls would
+spend most of their time in the dispatcher and in Python. So where every tensor is a plain one and
+nothing listens, such as a mode, a transform or a compiler, the dispatcher is left out. On the CPU
+what is called is `torch.ops.mulki_cpp.<op>`, whose gradients are in csrc/autograd.cpp. The C++
+kernels check their arguments; where one refuses, the checks of Python explain. Elsewhere, where one
+block holds all logits, it is the formula (`mulki.ops.chunked.whole`).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mulki.ops import backends, torch_private
+from mulki.ops.logits import autocasting
+from mulki.ops.operators import OPERATORS, Arguments
+
+
+def call(op: str, x: Arguments, reduction: str) -> tuple[Tensor, ...]:
+    """`torch.ops.mulki.<op>`: the loss, the details, and the gradients that will be asked for.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit.
+        RuntimeError, ValueError: see `mulki.ops.backends.kernel`.
+    """
+    operator = OPERATORS[op]
+    leaves = operator.leaves
+    wanted = [False] * leaves
+    if not torch_private.nothing_listens() or not _are_plain(x, leaves):
+        if reduction != "none" and torch.is_grad_enabled():
+            # What a tensor under vmap says of itself is not what the one behind it requires.
+            every = torch_private.transform_is_active()
+            wanted = [every or leaf.requires_grad for leaf in x[:leaves]]
+        found: tuple[Tensor, ...] = getattr(torch.ops.mulki, op)(*x, None, reduction, wanted)
+        return found
+    with_gradients = reduction != "none" and torch.is_grad_enabled()
+    if with_gradients:
+        wanted = [leaf.requires_grad for leaf in x[:leaves]]
+    features = x[0]
+    logits = features.shape[0] * x[1].shape[0]
+    kernel = backends.kernel(op, features.device.type, features.dtype, logits)
+    if isinstance(kernel, backends.CppKernel):
+        try:
+            return kernel.overload(*x, None, reduction, wanted)
+        except (TypeError, ValueError, RuntimeError):
+            operator.check(x)
+            raise
+    if with_gradients and isinstance(kernel, backends.PlainKernel):
+        if autocasting(features.device.type):
+            # Operands are rounded before; inside, autocast would round the logits.
+            with torch.autocast(features.device.type, enabled=False):
+                at_once = kernel.at_once(x, reduction)
+        else:
+            at_once = kernel.at_once(x, reduction)
+        if at_once is not None:
+            return at_once
+    of_operator: tuple[Tensor, ...] = getattr(torch.ops.mulki, op)(*x, None, reduction, wanted)
+    return of_operator
+
+
+_PLAIN = frozenset({Tensor, nn.Parameter})
+
+
+def _are_plain(x: Arguments, leaves: int) -> bool:
+    # Whether the tensors are plain ones that have values, and gradients are asked of leaves alone.
+    for place, value in enumerate(x):
+        if isinstance(value, Tensor):
+            tensors: Any = (value,)
+        elif type(value) is list:
+            tensors = value
+        else:
+            continue
+        for t in tensors:
+            if type(t) not in _PLAIN or t.is_meta or t.is_neg():
+                return False
+            if place >= leaves and t.requires_grad and torch.is_grad_enabled():
+                return False
+    return True
