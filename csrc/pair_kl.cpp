@@ -28,7 +28,7 @@ namespace {
 struct Arguments {
   const Tensor &image_features, &text_features, &logit_scale;
   at::TensorList teacher_image_features, teacher_text_features;
-  const Tensor& teacher_scales;
+  at::TensorList teacher_scales;
   const std::optional<Tensor>& weights;
   double temperature;
   Gate gate;
@@ -74,9 +74,8 @@ std::vector<PairFeatures> models_of(const Arguments& a) {
 std::vector<PairDistribution> distributions_of(const Arguments& a) {
   const double scale = value_of(a.logit_scale);
   std::vector<PairDistribution> out{{0, float(scale / a.temperature)}};
-  const Tensor scales = a.teacher_scales.to(at::kDouble).contiguous();
   for (int64_t i = 0; i < a.k(); ++i) {
-    out.push_back({i + 1, float(scales.const_data_ptr<double>()[i] / a.temperature)});
+    out.push_back({i + 1, float(value_of(a.teacher_scales[i]) / a.temperature)});
   }
   if (a.labels && a.temperature != 1) {
     out.push_back({0, float(scale)});
@@ -200,7 +199,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> pair_kl(
     const Tensor& logit_scale,
     at::TensorList teacher_image_features,
     at::TensorList teacher_text_features,
-    const Tensor& teacher_scales,
+    at::TensorList teacher_scales,
     const std::optional<Tensor>& weights,
     double temperature,
     double gate_temperature,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from . import common, pairs, results
@@ -28,7 +29,7 @@ def pair_kl(x: PairKl, request: Request) -> tuple[Tensor, ...]:
     of_teachers = zip(x.teacher_image_features, x.teacher_text_features, strict=True)
     models = [Model.of(images, texts) for images, texts in (student, *of_teachers)]
     teachers = pairs.Teachers(
-        common.as_float32(x.teacher_scales),
+        common.as_float32(torch.stack(list(x.teacher_scales))),
         Numbers.of_kl(x),
         None if x.weights is None else common.as_float32(x.weights),
         x.gate_label != 0,

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from . import common, results, softmax_loss
@@ -42,7 +43,7 @@ def teacher_kl(x: TeacherKl, request: Request) -> tuple[Tensor, ...]:
     )
     inputs = Inputs(
         scale,
-        common.as_float32(x.teacher_scales),
+        common.as_float32(torch.stack(list(x.teacher_scales))),
         common.as_bytes(x.class_mask),
         x.target.contiguous() if labelled and x.target is not None else None,
         weights,

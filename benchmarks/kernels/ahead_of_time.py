@@ -144,8 +144,8 @@ def _calls(dtype: torch.dtype) -> dict[str, Callable[[], object]]:
     def labels(n: int, p: int) -> tuple[Tensor, Tensor, float, int]:
         return new(n, of=torch.int64), new(p, of=torch.bool), 0.1, -100
 
-    def teachers(n: int, p: int, k: int, d: int) -> tuple[list[Tensor], list[Tensor], Tensor]:
-        return [new(n, d, of=dtype)] * k, [new(p, d, of=dtype)] * k, new(k)
+    def teachers(n: int, p: int, k: int, d: int) -> tuple[list[Tensor], ...]:
+        return [new(n, d, of=dtype)] * k, [new(p, d, of=dtype)] * k, [new()] * k
 
     def kl(n: int, p: int, k: int, d: int, gradients: bool = True) -> Callable[[], object]:
         gate = None, new(n, of=torch.int64), None, 2.0, 1.0, 0.0, 1.0

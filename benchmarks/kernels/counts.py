@@ -195,7 +195,11 @@ def calls_of(
     dtype = NUMBER_FORMATS[number_format][0]
     x, w, scale = _meta(n, d, dtype=dtype), _meta(p, d, dtype=dtype), _meta()
     target, k = _meta(n, dtype=torch.int64), OPERATORS[operator]
-    teachers = [x.clone() for _ in range(k)], [w.clone() for _ in range(k)], _meta(k)
+    teachers = (
+        [x.clone() for _ in range(k)],
+        [w.clone() for _ in range(k)],
+        [_meta() for _ in range(k)],
+    )
     if operator == "dual_teacher_kl":
         gate = None, target, None, 2.0, 1.0, 0.0, 1.0
         return [asking("teacher_kl", x, w, scale, *teachers, *gate)]

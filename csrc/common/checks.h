@@ -65,7 +65,7 @@ inline void check_teachers(
     at::TensorList xs,
     const char* w_name,
     at::TensorList ws,
-    const Tensor& scales,
+    at::TensorList scales,
     const Tensor& student_x,
     const Tensor& student_w) {
   const int64_t k = int64_t(xs.size());
@@ -73,8 +73,11 @@ inline void check_teachers(
   TORCH_CHECK_VALUE(
       int64_t(ws.size()) == k, x_name, ": got ", k, " teachers, wanted ", ws.size(), " as ",
       w_name);
-  check_shape("teacher_scales", scales, {k});
+  TORCH_CHECK_VALUE(
+      int64_t(scales.size()) == k, "teacher_scales: got ", scales.size(), ", wanted ", k, " as ",
+      x_name);
   for (int64_t i = 0; i < k; ++i) {
+    check_shape("teacher_scales", scales[i], {});
     check_matrices(x_name, xs[i], w_name, ws[i]);
     check_dtype(x_name, xs[i], student_x.scalar_type());
     check_shape(x_name, xs[i], {student_x.size(0), xs[i].size(1)});

@@ -126,7 +126,7 @@ std::map<std::string, c10::IValue> values(Shape shape, at::ScalarType dtype) {
       {"teacher_image_features", teacher_x},
       {"teacher_prototypes", teacher_w},
       {"teacher_text_features", teacher_w},
-      {"teacher_scales", at::full({2}, 15.0f)},
+      {"teacher_scales", c10::List<at::Tensor>({scale, scale})},
       {"target", target},
       {"class_mask", at::ones({p}, at::kBool)},
       {"label_smoothing", 0.2},

@@ -86,14 +86,14 @@ def make(
     weights = torch.rand(n, len(scales), generator=generator, dtype=torch.float64)
     of_sides = torch.stack([weights, weights.flip(0)]).to(wide(dtype))
 
-    def number(value: float | list[float]) -> Tensor:
+    def number(value: float) -> Tensor:
         return torch.tensor(value, dtype=wide(dtype))
 
     operands = x.to(dtype), w.to(dtype), number(scale)
     teachers = (
         [u.to(dtype) for u in teacher_x],
         [v.to(dtype) for v in teacher_w],
-        number(scales),
+        [number(value) for value in scales],
     )
     given = weights.to(wide(dtype))
     cases = {

@@ -39,7 +39,7 @@ def test_gradients_of_rows_at_large_logits(scale, backend):
     case = make("pairs", n=3, d=1, dtype=torch.float32)
     ones, k = torch.ones(3, 1), len(case.args[3])
     leaves = *(ones.clone().requires_grad_() for _ in range(2)), torch.tensor(scale)
-    teachers = [ones] * k, [ones] * k, torch.full((k,), scale)
+    teachers = [ones] * k, [ones] * k, [torch.tensor(scale)] * k
     loss = run(Case("pair_kl", (*leaves, *teachers, *case.args[6:])))[0]
     for gradient in torch.autograd.grad(loss.sum(), leaves[:2]):
         assert gradient.abs().max() <= 1e-6 * scale
@@ -134,7 +134,7 @@ def test_gradients_of_transposed_features_have_the_strides_that_are_promised(ups
 def test_a_teacher_that_is_the_student_leaves_no_gradient(n, temperature, backend):
     x, w, scale, *_ = make("pairs", n=n, d=24, dtype=torch.float32, scale=50.0).args
     gate = 1.0, 0.0, 0.0
-    args = x, w, scale, [x], [w], scale.reshape(1), None, temperature, *gate, True, False
+    args = x, w, scale, [x], [w], [scale], None, temperature, *gate, True, False
     total, kl, *_, dx, dw, ds = run(asking(Case("pair_kl", args), "reduced"))
     assert abs(total) < 1e-5 and kl.abs().max() < 1e-4
     assert dx.eq(0).all() and dw.eq(0).all() and ds == 0
@@ -160,7 +160,7 @@ def test_logits_far_from_zero_or_from_one_another(spread, level, dtype, op, back
         teachers = [features() for _ in range(2)]
         of_teachers = [[teacher[i] for teacher in teachers] for i in (0, 1)]
         options = None, 1.0, 1.0, 0.0, 0.0, True, False
-        case = Case(op, (*case.args, *of_teachers, scale.repeat(2), *options))
+        case = Case(op, (*case.args, *of_teachers, [scale, scale], *options))
     # Halves of G times large numbers that it cancels are as imprecise without fusing.
     if dtype == torch.float32:
         check(case, True)

@@ -102,7 +102,7 @@ def test_no_argument_is_mutated_and_none_comes_back(name, form, backend):
 
 
 # Of the first teacher of a case, and what the second one is called.
-SIX, FIVE, SECOND = torch.ones(6, 4), torch.ones(5, 4), r"teachers\[1\]"
+ONE, SIX, FIVE, SECOND = torch.ones(()), torch.ones(6, 4), torch.ones(5, 4), r"teachers\[1\]"
 
 
 # Arguments are looked at before a backend is chosen: kernels check nothing.
@@ -148,13 +148,13 @@ SIX, FIVE, SECOND = torch.ones(6, 4), torch.ones(5, 4), r"teachers\[1\]"
         ("kl", 4, [FIVE, torch.ones(4, 7)], ValueError, SECOND),
         ("kl", 4, [FIVE, torch.ones(5, 3)], ValueError, f"{SECOND}.prototypes"),
         ("kl", 4, [FIVE, torch.ones(5, 7).half()], TypeError, f"{SECOND}.prototypes"),
-        ("kl", 5, torch.ones(1), ValueError, "teacher_scales"),
-        ("kl", 5, torch.ones(2, device="meta"), ValueError, "teacher_scales"),
+        ("kl", 5, [ONE], ValueError, "teacher_scales"),
+        ("kl", 5, [ONE, ONE.to("meta")], ValueError, r"teacher_scales\[1\]"),
         ("pairs_weights", 6, torch.ones(2, 6, 3), ValueError, "weights"),
         ("pairs", 1, torch.ones(5, 4), ValueError, "text_features"),
         ("pairs", 3, [], ValueError, "teacher_image_features"),
         ("pairs", 4, [], ValueError, "teacher_text_features"),
-        ("pairs", 5, torch.ones(3), ValueError, "teacher_scales"),
+        ("pairs", 5, [ONE] * 3, ValueError, "teacher_scales"),
         ("pairs", 7, 0.0, ValueError, "temperature"),
         ("pairs", 8, -1.0, ValueError, "gate_temperature"),
         ("contrastive", 1, torch.ones(5, 4), ValueError, "text_features"),

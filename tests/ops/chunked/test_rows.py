@@ -27,7 +27,7 @@ def of_itself(name: str) -> Case:
     """A student that is its teachers."""
     case = make(name, n=19, p=23, d=16, dtype=torch.float32)
     x, w, scale = case.args[:3]
-    same = [x, x], [w, w], scale.expand(2)
+    same = [x, x], [w, w], [scale, scale]
     return asking(Case(case.op, (x, w, scale, *same, *case.args[6:])), "reduced")
 
 
