@@ -113,7 +113,7 @@ def with_layout(case: Case, layout: str) -> Case:
     args = []
     for value in case.args:
         if isinstance(value, list):
-            value = [laid_out(v, layout) for v in value]
+            value = [laid_out(v, layout) if v.ndim else v for v in value]
         elif isinstance(value, Tensor) and value.ndim > 0:
             numbers = value.ndim == 1 and layout in ("transposed", "expanded")
             value = value if numbers else laid_out(value, layout)
