@@ -255,7 +255,7 @@ def teacher_kl(
         _check_finite_models(student, teachers, weights)
     options = float(temperature), scale_by_t2, weights, weighting, target, class_mask, reduction
     others = [teacher.operands for teacher in teachers]
-    loss, *details = ops.teacher_kl.loss(student.operands, others, *options)
+    loss, *details = ops.teacher_kl.loss(student.operands, others, *options, return_details)
     return (loss, TeacherDetails(*details)) if return_details else loss
 
 
@@ -380,7 +380,7 @@ def pair_teacher_kl(
         _check_finite_models(student, teachers, weights)
     options = float(temperature), scale_by_t2, weights, weighting, reduction
     others = [teacher.operands for teacher in teachers]
-    loss, *details = ops.pair_kl.loss(student.operands, others, *options)
+    loss, *details = ops.pair_kl.loss(student.operands, others, *options, details=return_details)
     return (loss, TeacherDetails(*details[:3])) if return_details else loss
 
 

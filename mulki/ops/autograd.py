@@ -184,7 +184,7 @@ class _Known(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, z: Tensor, total: Tensor, g: Tensor, *leaves: Tensor) -> Tensor:
         ctx.save_for_backward(g, *leaves)
-        return total.clone()
+        return total.view_as(total)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -194,7 +194,7 @@ class _Known(torch.autograd.Function):
 
 def known(z: Tensor, total: Tensor, g: Tensor, leaves: Sequence[Tensor]) -> Tensor:
     """`total`, whose gradient by the logits z is g; z is made of these leaves."""
-    found: Tensor = _Known.apply(z, total, g, *leaves)
+    found: Tensor = _Known.apply(z, total, g, *leaves)  # type: ignore[no-untyped-call]
     return found
 
 

@@ -48,10 +48,10 @@ class PlainKernel:
         found: tuple[Tensor, ...] = self.module.run(self.operator, x, request)
         return found
 
-    def at_once(self, x: Arguments, reduction: str) -> tuple[Tensor, ...] | None:
+    def at_once(self, x: Arguments, reduction: str, details: bool) -> tuple[Tensor, ...] | None:
         """The loss in training and the details, without the dispatcher, where that is possible."""
-        found: tuple[Tensor, ...] | None = self.module.at_once(self.operator, x, reduction)
-        return found
+        at_once: Callable[..., tuple[Tensor, ...] | None] = self.module.at_once
+        return at_once(self.operator, x, reduction, details)
 
 
 @dataclass(frozen=True)

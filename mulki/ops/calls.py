@@ -20,8 +20,11 @@ from mulki.ops.logits import autocasting
 from mulki.ops.operators import OPERATORS, Arguments
 
 
-def call(op: str, x: Arguments, reduction: str) -> tuple[Tensor, ...]:
+def call(op: str, x: Arguments, reduction: str, details: bool = True) -> tuple[Tensor, ...]:
     """`torch.ops.mulki.<op>`: the loss, the details, and the gradients that will be asked for.
+
+    Args:
+        details: whether they are wanted; where they are not, the loss may come alone.
 
     Raises:
         TypeError, ValueError: an argument does not fit.
@@ -53,9 +56,9 @@ def call(op: str, x: Arguments, reduction: str) -> tuple[Tensor, ...]:
         if autocasting(features.device.type):
             # Operands are rounded before; inside, autocast would round the logits.
             with torch.autocast(features.device.type, enabled=False):
-                at_once = kernel.at_once(x, reduction)
+                at_once = kernel.at_once(x, reduction, details)
         else:
-            at_once = kernel.at_once(x, reduction)
+            at_once = kernel.at_once(x, reduction, details)
         if at_once is not None:
             return at_once
     of_operator: tuple[Tensor, ...] = getattr(torch.ops.mulki, op)(*x, None, reduction, wanted)

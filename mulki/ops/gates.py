@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -184,21 +184,21 @@ class Weighting(NamedTuple):
 _weightings: dict[tuple[str, float], Weighting] = {}
 
 
-def row_weights(
-    entropy: Tensor,  # [N, K] of the teachers
+def weights_of(
+    gate: Any,  # with the numbers of a row-wise gate, as the arguments of an operator have
+    entropy: Tensor | None,  # [N, K] of the teachers, where a is not 0
     at_target: Tensor | None,  # [N, K], their log-probability of the target, where b is not 0
-    gate_entropy: float,  # a
-    gate_label: float,  # b
-    gate_temperature: float,
+    like: Tensor,  # [N, K]
 ) -> Tensor:  # [N, K], rows sum to 1
     """The weights of a row-wise gate: the specification of what the operators compute."""
-    score = torch.zeros_like(entropy)
-    if gate_entropy:
-        score = score - gate_entropy * entropy
-    if gate_label:
-        assert at_target is not None
-        score = score + gate_label * at_target
-    return torch.softmax(score / gate_temperature, dim=1)
+    scores, t = [], gate.gate_temperature
+    for value, factor in ((entropy, -gate.gate_entropy), (at_target, gate.gate_label)):
+        if factor:
+            assert value is not None
+            scores.append(value if factor == t else value * (factor / t))
+    if not scores:
+        return torch.full_like(like, 1 / like.shape[1])
+    return torch.softmax(sum(scores[1:], scores[0]), dim=1)
 
 
 def discrepancy(

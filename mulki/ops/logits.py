@@ -92,7 +92,7 @@ def product(
         # float16 has too few small numbers for a gradient.
         halves = features.dtype == torch.bfloat16 and not features.is_cpu
         if halves and multiplies_halves(features.device, features.dtype):
-            z: Tensor = _HalfProduct.apply(features, prototypes)
+            z: Tensor = _HalfProduct.apply(features, prototypes)  # type: ignore[no-untyped-call]
             return z * scale
         features, prototypes = features.to(dtype), prototypes.to(dtype)
     return (features * scale) @ prototypes.mT

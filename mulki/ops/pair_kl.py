@@ -94,31 +94,29 @@ def reference(x: PairKl) -> tuple[Tensor, ...]:
     return loss, kl, used, entropy, labels.detach()
 
 
-def formula(x: PairKl, reduction: str) -> tuple[Tensor, ...]:
+def formula(x: PairKl, reduction: str, details: bool) -> tuple[Tensor, ...]:
     """The sum, or the mean over pairs, and the details, by the fewest operations.
 
     For training on few logits: the gradient by the student's logits is computed with the loss.
     """
     z = product(x.image_features, x.text_features, x.logit_scale)
+    t2 = x.temperature**2 if x.scale_by_t2 else 1.0
     with torch.no_grad():
-        at_t = [z / x.temperature]
+        models = [z / x.temperature]
         teachers = zip(
             x.teacher_image_features, x.teacher_text_features, x.teacher_scales, strict=True
         )
         for images, texts, scale in teachers:
-            at_t.append(product(images, texts, scale / x.temperature))
+            models.append(product(images, texts, scale / x.temperature))
         own = torch.arange(len(z), device=z.device) if x.gate_label else None
         given = (None, None) if x.weights is None else x.weights
-        t2 = x.temperature**2 if x.scale_by_t2 else 1.0
-        found = [
-            teacher_kl.divergences(at_t, dim, x, weights, own)
+        sides = [
+            teacher_kl.divergences(models, dim, x, weights, own, details)
             for dim, weights in zip((1, 0), given, strict=True)
         ]
-        *details, (of_rows, of_columns) = zip(*found, strict=True)
-        kl, weights, entropy = (torch.stack(sides) for sides in details)
-        kl = kl * t2
-        total = (weights * kl).sum() * (x.weight / 2)
-        g = of_rows.add_(of_columns).mul_(x.weight * t2 / (2 * x.temperature))
+        kl, weights = (torch.stack([side[i] for side in sides]) for i in (0, 1))
+        total = (weights * kl).sum() * (x.weight * t2 / 2)
+        g = sides[0][3].add_(sides[1][3]).mul_(x.weight * t2 / (2 * x.temperature))
         labels = kl.new_empty(0)
         if x.label_weight:
             log_q, log_p = torch.log_softmax(z, 1), torch.log_softmax(z, 0)
@@ -129,8 +127,13 @@ def formula(x: PairKl, reduction: str) -> tuple[Tensor, ...]:
     total = known(z, total, g, x[:3])
     if x.weights is not None and x.weights.requires_grad:
         # Adds zero, with the gradient kl.
-        total = total + ((x.weights - x.weights.detach()) * kl).sum() * (x.weight / 2)
-    return total / len(z) if reduction == "mean" else total, kl, weights, entropy, labels
+        total = total + ((x.weights - x.weights.detach()) * kl).sum() * (x.weight * t2 / 2)
+    if reduction == "mean":
+        total = total / len(z)
+    if not details:
+        return (total,)
+    entropy = torch.stack([side[2] for side in sides])
+    return total, kl * t2, weights, entropy, labels
 
 
 def _of_labels(x: PairKl) -> tuple[int, ...]:
@@ -159,9 +162,11 @@ def loss(
     reduction: str,
     weight: float = 1.0,
     label_weight: float = 0.0,
+    details: bool = True,
 ) -> tuple[Tensor, ...]:
     """The sum, the mean over pairs, or a loss per pair [N]; then the details.
 
+    Without `details` these may be missing.
     They are kl, weights and entropy [2, N, K], and with a `label_weight` the losses of
     `contrastive` [N]. Student and teachers of different dtypes, none of them float64, are promoted
     to a common one.
@@ -188,4 +193,4 @@ def loss(
         weights = weights.to(wide(images.dtype))
     options: Any = temperature, *weighting.numbers, scale_by_t2, weight, label_weight
     x = PairKl(*of_student, *teacher_kl.in_lists(others, images), weights, *options)
-    return calls.call("pair_kl", x, reduction)[:5]
+    return calls.call("pair_kl", x, reduction, details)[:5]

@@ -55,7 +55,7 @@ def reference(x: PrototypeCrossEntropy) -> tuple[Tensor]:  # [N]
     return (loss.where(kept, 0).squeeze(1),)
 
 
-def formula(x: PrototypeCrossEntropy, reduction: str) -> tuple[Tensor]:
+def formula(x: PrototypeCrossEntropy, reduction: str, details: bool) -> tuple[Tensor]:
     """The sum, or the mean over rows that are not ignored, by the fewest operations."""
     of_kept = x.target != x.ignore_index
     # PyTorch's own gradient of an ignored row is not zero where it holds a NaN.

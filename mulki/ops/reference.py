@@ -54,5 +54,5 @@ def run(operator: Operator, x: Arguments, request: Request) -> tuple[Tensor, ...
     return loss, *details, *gradients
 
 
-def at_once(operator: Operator, x: Arguments, reduction: str) -> None:
+def at_once(operator: Operator, x: Arguments, reduction: str, details: bool) -> None:
     """Nothing: the reference is for tests, and always called as an operator."""

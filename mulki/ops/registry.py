@@ -38,7 +38,7 @@ def define(
     *,
     check: Callable[..., None],
     reference: Callable[[Any], tuple[Tensor, ...]],
-    formula: Callable[[Any, str], tuple[Tensor, ...]] | None = None,
+    formula: Callable[[Any, str, bool], tuple[Tensor, ...]] | None = None,
     leaves: int = 3,
     rows: Callable[[Any], Shape] = lambda x: x[0].shape[:1],
     details: Callable[[Any], Sequence[Shape]] = lambda x: (),
@@ -67,17 +67,14 @@ def define(
         f"({', '.join(['Tensor'] * (1 + results + leaves))})"
     )
 
-    def of_reference(x: Any, reduction: str) -> tuple[Tensor, ...]:
+    def of_reference(x: Any, reduction: str, details: bool) -> tuple[Tensor, ...]:
         of_rows, *others = reference(x)
         return of_rows.mean() if reduction == "mean" else of_rows.sum(), *others
 
-    facts = rows, details, averaged, dtype, reductions
+    functions = check, reference, formula or of_reference, rows, details, averaged, dtype
     tensors = [place for place, field in enumerate(arguments._fields) if hints[field] is Tensor]
-    operator = OPERATORS[name] = Operator(
-        *(name, schema, arguments, leaves, tensors),
-        *(check, reference, formula or of_reference),
-        *facts,
-    )
+    operator = Operator(name, schema, arguments, leaves, tensors, *functions, reductions)
+    OPERATORS[name] = operator
     namespaces.PUBLIC.define(name + schema, tags=namespaces.TAGS)
     namespaces.CPP.define(name + schema, tags=namespaces.TAGS)
     for key in KEYS:

@@ -83,8 +83,8 @@ def _of_halves(
     if not normalize and torch_private.nothing_listens() and multiplies_scaled(features):
         (n, d), p = features.shape, len(prototypes)
         if n * p * d >= _LARGE or not features.is_cpu:
-            found: Tensor = _Product.apply(features, prototypes, scalar(scale, features))
-            return found
+            s = scalar(scale, features)
+            return _Product.apply(features, prototypes, s)  # type: ignore[no-any-return, no-untyped-call]
     x, w = features.float(), prototypes.float()
     if normalize:
         x, w = F.normalize(x, dim=1), F.normalize(w, dim=1)

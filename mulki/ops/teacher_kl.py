@@ -92,8 +92,7 @@ def reference(x: TeacherKl) -> tuple[Tensor, Tensor, Tensor, Tensor]:
             if x.gate_label and x.target is not None:
                 index = x.target.reshape(-1, 1, 1).expand(-1, log_p.shape[1], 1)
                 at_target = log_p.gather(2, index).squeeze(2)
-            numbers = x.gate_entropy, x.gate_label, x.gate_temperature
-            weights = gates.row_weights(entropy, at_target, *numbers)
+            weights = gates.weights_of(x, entropy, at_target, like=entropy)
         else:
             # The weights that come back are a copy.
             weights = x.weights.to(log_q.dtype, copy=True).contiguous()
@@ -123,60 +122,59 @@ def _of_classes(values: Tensor, class_mask: Tensor | None) -> Tensor:  # the sum
     return (values if class_mask is None else values.masked_fill(~class_mask, 0)).sum(dim=-1)
 
 
-def formula(x: TeacherKl, reduction: str) -> tuple[Tensor, ...]:
+def formula(x: TeacherKl, reduction: str, details: bool) -> tuple[Tensor, ...]:
     """The sum, or the mean over rows, and the details, by the fewest operations.
 
     For training on few logits: the gradient by the student's logits is computed with the loss.
     """
     z = product(x.features, x.prototypes, x.scale / x.temperature)
     with torch.no_grad():
-        at_t = [z]
+        models = [z]
         teachers = zip(x.teacher_features, x.teacher_prototypes, x.teacher_scales, strict=True)
         for of, w, scale in teachers:
-            at_t.append(product(of, w, scale / x.temperature))
+            models.append(product(of, w, scale / x.temperature))
         if x.class_mask is not None:
             # Not minus infinity, of which a product with zero is NaN.
-            masked = ~x.class_mask
-            at_t = [each.masked_fill(masked, torch.finfo(each.dtype).min / 4) for each in at_t]
+            masked, least = ~x.class_mask, torch.finfo(z.dtype).min / 4
+            models = [each.masked_fill(masked, least) for each in models]
         index = outside = None
         if x.target is not None and x.weights is None and x.gate_label:
             index, outside = in_range(x.target, len(x.prototypes))
-        kl, weights, entropy, g = divergences(at_t, 1, x, x.weights, index)
-        t2 = x.temperature**2 if x.scale_by_t2 else 1.0
-        kl = kl * t2
+        kl, weights, entropy, g = divergences(models, 1, x, x.weights, index, details)
         if outside is not None:
             weights = weights.masked_fill(outside.unsqueeze(1), torch.nan)
         total = (weights * kl).sum()
-    total = known(z, total, g.mul_(t2), x[:3])
+    total = known(z, total, g, x[:3])
     if x.weights is not None and x.weights.requires_grad:
         # Adds zero, with the gradient kl.
         total = total + ((x.weights - x.weights.detach()) * kl).sum()
-    return total / len(z) if reduction == "mean" else total, kl, weights, entropy
+    t2 = x.temperature**2 if x.scale_by_t2 else 1.0
+    total = total * (t2 / len(z) if reduction == "mean" else t2)
+    return (total, kl * t2, weights, entropy) if entropy is not None and details else (total,)
 
 
 def divergences(
-    z: Sequence[Tensor],  # [rows, columns] at the temperature; the student's first
+    models: Sequence[Tensor],  # logits [rows, columns] at the temperature; the student's first
     dim: int,  # along which they are distributions
     gate: Any,  # with the numbers of a gate, as `TeacherKl` has
     weights: Tensor | None,  # [N, K]
     index: Tensor | None,  # [N] int64, of the labels
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """KL without T^2, weights and entropies [N, K], and the gradient by z of the weighted sum."""
-    log_q, *log_p = (torch.log_softmax(each, dim) for each in z)
+    entropies: bool,  # whether they are wanted
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    """KL without T^2, weights and entropies [N, K], and the gradient of their sum by the logits."""
+    log_q, *log_p = (torch.log_softmax(each, dim) for each in models)
     q, *p = (each.exp() for each in (log_q, *log_p))
-    entropy = torch.stack([(a * b).sum(dim) for a, b in zip(p, log_p, strict=True)], 1).neg_()
     kl = torch.stack([(a * (b - log_q)).sum(dim) for a, b in zip(p, log_p, strict=True)], 1)
+    entropy = at_target = None
+    if entropies or gate.gate_entropy:
+        entropy = torch.stack([(a * b).sum(dim) for a, b in zip(p, log_p, strict=True)], 1).neg_()
     if weights is not None:
         weights = weights.to(kl.dtype, copy=True)
-    elif gate.gate_entropy or gate.gate_label:
-        at_target = None
+    else:
         if index is not None:
             places = index.unsqueeze(dim)
             at_target = torch.cat([each.gather(dim, places).reshape(-1, 1) for each in log_p], 1)
-        numbers = gate.gate_entropy, gate.gate_label, gate.gate_temperature
-        weights = gates.row_weights(entropy, at_target, *numbers)
-    else:
-        weights = torch.full_like(kl, 1 / len(p))
+        weights = gates.weights_of(gate, entropy, at_target, like=kl)
     # Each difference is zero where a teacher is the student.
     g = torch.sub(q, p[0]).mul_(weights[:, 0].unsqueeze(dim))
     for k, each in enumerate(p[1:], 1):
@@ -206,8 +204,11 @@ def loss(
     target: Tensor | None,  # [N] int64
     class_mask: Tensor | None,  # [P] bool
     reduction: str,
+    details: bool = True,
 ) -> tuple[Tensor, ...]:
     """The sum, the mean over rows, or a loss per row [N]; then kl, weights and entropy [N, K].
+
+    Without `details` these may be missing.
 
     Student and teachers of different dtypes, none of them float64, are promoted to a common one.
 
@@ -224,7 +225,7 @@ def loss(
     of_student = features, prototypes, scalar(scale, features)
     options: Any = target, class_mask, temperature, *weighting.numbers, scale_by_t2
     x = TeacherKl(*of_student, *in_lists(others, features), weights, *options)
-    return calls.call("teacher_kl", x, reduction)[:4]
+    return calls.call("teacher_kl", x, reduction, details)[:4]
 
 
 def in_lists(

@@ -45,7 +45,9 @@ def run(operator: Operator, x: Arguments, request: Request) -> tuple[Tensor, ...
 _COPIES = 4
 
 
-def at_once(operator: Operator, x: Arguments, reduction: str) -> tuple[Tensor, ...] | None:
+def at_once(
+    operator: Operator, x: Arguments, reduction: str, details: bool
+) -> tuple[Tensor, ...] | None:
     """The sum or the mean of a loss, differentiable, and the details; None where blocks are needed.
 
     Raises:
@@ -55,9 +57,11 @@ def at_once(operator: Operator, x: Arguments, reduction: str) -> tuple[Tensor, .
     features = x[0]
     if features.dtype == torch.float16 and not features.is_cpu:
         return None  # it has too few small numbers for a gradient
-    # The features of teachers are a list.
-    models = 1 + len(x[3]) if isinstance(x[3:4] and x[3], (list, tuple)) else 1
+    models = 1
+    for value in x[3:4]:
+        if isinstance(value, (list, tuple)):  # the features of teachers
+            models += len(value)
     n, p = features.shape[0], x[1].shape[0]
     if n == 0 or _COPIES * 4 * models * n * p > products.budget(features.device.type):
         return None
-    return operator.formula(x, reduction)
+    return operator.formula(x, reduction, details)
