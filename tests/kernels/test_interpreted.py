@@ -41,7 +41,7 @@ def python(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 #: Files of `interpreted/` that take longest.
-LONG = {HERE / "interpreted" / f"test_triton_{name}.py" for name in ("fuzz", "schedules")}
+LONG = {HERE / "interpreted" / f"test_triton_{name}.py" for name in ("schedules",)}
 
 
 @pytest.mark.slow
