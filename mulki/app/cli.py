@@ -361,7 +361,19 @@ def _doctor(argv: list[str]) -> int:
         "--seconds", type=float, default=10.0, help="of the self-test; 0: none (default: 10)"
     )
     parser.add_argument("--json", action="store_true", help="print the findings as JSON")
+    parser.add_argument(
+        "--kernels",
+        nargs="?",
+        const="",
+        metavar="FILE",
+        help="instead: where the Triton kernels are right and faster on this GPU, kept in FILE "
+        "(default: where the backend auto reads it, in MULKI_CACHE_DIR)",
+    )
     arguments = parser.parse_args(argv)
+    if arguments.kernels is not None:
+        from mulki.app import kernels
+
+        return kernels.report(arguments.kernels)
     if not 0 <= arguments.seconds < math.inf:
         raise InputError(f"--seconds: got {arguments.seconds}, wanted a number of at least 0")
     findings = []

@@ -25,7 +25,7 @@ from mulki import __version__
 #: By operator and dtype: the least logits (N times P) of calls that win, or why none does.
 Wins = dict[str, dict[str, "int | str"]]
 
-REMEDY = "`mulki doctor --kernels` measures it"
+REMEDY = "`mulki doctor --kernels` measures float32 and bfloat16"
 _MOST_BYTES = 1 << 16  # of a file that is read
 # What `share` has taken in place of the files here.
 _shared: Wins | None = None
@@ -39,20 +39,21 @@ def least(op: str, device_type: str, dtype: torch.dtype) -> tuple[float, str]:
 
 
 def measured_on(device_type: str) -> dict[str, str]:
-    """What a measurement is of: kind of GPU, and versions.
-
-    Several kinds of GPUs are one of their own, of which nothing is ever measured.
-    """
-    names = ["Triton's interpreter"]
-    if device_type in ("cuda", "xpu"):
-        gpus = getattr(torch, device_type)
-        names = sorted({gpus.get_device_name(i) for i in range(gpus.device_count())})
+    """What a measurement is of: GPU and versions. GPUs of several kinds are never measured."""
     try:
         triton = str(importlib.import_module("triton").__version__)
     except ImportError:
         triton = "none"
     versions = {"torch": torch.__version__, "triton": triton, "mulki": __version__}
-    return {"card": " and ".join(names), **versions}
+    return {"card": " and ".join(cards(device_type)), **versions}
+
+
+def cards(device_type: str) -> list[str]:
+    """The kinds of GPUs that this process sees."""
+    if device_type not in ("cuda", "xpu"):
+        return ["Triton's interpreter"]
+    gpus = getattr(torch, device_type)
+    return sorted({gpus.get_device_name(i) for i in range(gpus.device_count())})
 
 
 def path_of(card: str) -> Path:
@@ -81,7 +82,7 @@ def read(path: Path, wanted: dict[str, str]) -> Wins:
         for name, here in wanted.items():
             if of[name] != here:
                 raise ValueError(f"{name}: got {of[name]!r}, wanted {here!r}")
-        return {str(op): _checked(found[op]) for op in found}
+        return {op: _checked(of_operator) for op, of_operator in found.items()}
     except (OSError, KeyError, TypeError, ValueError, RecursionError, AttributeError) as error:
         reason = f"{type(error).__name__}: {error}"
         warnings.warn(f"{path}: not used ({reason}); {REMEDY}", stacklevel=2)
