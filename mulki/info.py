@@ -78,36 +78,22 @@ def info() -> Info:
 class Group(NamedTuple):
     """Operators that one backend serves, better ones being rejected for the same reasons."""
 
-    device_type: str
-    dtypes: tuple[str, ...]  # such as "float32"
-    backend: str  # in words
-    rejected: tuple[tuple[str, str], ...]  # better backends, and why they do not serve
-    ops: tuple[str, ...]
-
-    @property
-    def where(self) -> str:
-        """Device and dtypes in words."""
-        return f"{self.device_type}, {' and '.join(self.dtypes)}"
-
-    @property
-    def reasons(self) -> str:
-        """The better backends and why they do not serve, in words; empty where there are none."""
-        return "; ".join(f"{name}: {why}" for name, why in self.rejected)
+    served: backends.Served  # one of them
+    where: str  # device and dtypes in words
+    ops: list[str]
 
 
 def grouped(served: Iterable[backends.Served]) -> list[Group]:
     """Who serves the operators, gathered for people to read."""
-    dtypes: dict[tuple[str, str, str, tuple[tuple[str, str], ...]], list[str]] = {}
+    dtypes: dict[tuple[str, ...], list[backends.Served]] = {}
     for one in served:
-        backend = one.backend
-        if one.least:
-            backend = f"{backend} from {one.least} logits on, chunked below"
-        key = one.device_type, one.op, backend, tuple(one.rejected.items())
-        dtypes.setdefault(key, []).append(str(one.dtype).removeprefix("torch."))
-    ops: dict[Group, list[str]] = {}
-    for (device, op, backend, rejected), names in dtypes.items():
-        ops.setdefault(Group(device, tuple(names), backend, rejected, ()), []).append(op)
-    return [group._replace(ops=tuple(names)) for group, names in ops.items()]
+        dtypes.setdefault((one.op, one.device_type, one.who, one.reasons), []).append(one)
+    groups: dict[tuple[str, ...], Group] = {}
+    for (op, device, *why), found in dtypes.items():
+        names = " and ".join(str(one.dtype).removeprefix("torch.") for one in found)
+        group = Group(found[0], f"{device}, {names}", [])
+        groups.setdefault((group.where, *why), group).ops.append(op)
+    return list(groups.values())
 
 
 def gpu_names() -> list[str]:
@@ -147,10 +133,10 @@ def _serving(served: list[backends.Served]) -> list[str]:
     """One paragraph for all operators that share device, dtypes, backend and reasons."""
     lines = []
     for group in grouped(served):
-        lines.append(f"  {group.where}: {group.backend}")
+        lines.append(f"  {group.where}: {group.served.who}")
         lines.append(textwrap.indent(textwrap.fill(", ".join(group.ops), 96), " " * 4))
         # A reason holds a command, which a line break would spoil.
-        lines += [f"    not {name}: {why}" for name, why in group.rejected]
+        lines += [f"    not {name}: {why}" for name, why in group.served.rejected.items()]
     return lines
 
 

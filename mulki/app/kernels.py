@@ -11,16 +11,13 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
 from pathlib import Path
 
 import torch
-from rich.progress import track
-from rich.table import Table
 
-from mulki.console import Console
 from mulki.errors import InputError
 from mulki.ops import backends, wins
 
@@ -37,6 +34,7 @@ TINY, PAIRED_TINY = (
 DTYPES = ("float32", "bfloat16")
 INTERPRETED_DTYPES = ("float32",)  # where bfloat16 is cut off and not rounded
 WAYS = {"mulki": "triton", "mulki-chunked": "chunked", "eager": "eager"}
+WIDTHS = (8, 8, 9, 10, 8, 6)  # of the columns behind the first
 SECONDS = 0.1  # that each way is timed at a shape, on a GPU
 
 
@@ -76,23 +74,27 @@ def report(path: str = "") -> int:
     """
     kind = _kind()
     of = wins.measured_on(kind)
-    console = Console(markup=False, highlight=False)
     said = ", ".join(f"{name} {value}" for name, value in of.items())
-    console.print(said + ("; times mean nothing here" if kind == "cpu" else ""))
-    cases = track([*_cases(kind)], "kernels", console=console, transient=True)
-    measured = [_measured(*case) for case in cases]
-    console.print(_table(measured))
+    print(said + ("; times mean nothing here" if kind == "cpu" else ""))
+    print(_line("N x P x D", "error", "allowed", *(f"{way} ms" for way in WAYS.values())))
+    measured: list[Measured] = []
+    for case in _cases(kind):
+        one = _measured(*case)
+        if not measured or measured[-1].operator != one.operator:
+            print(one.operator)
+        print(_in_words(one), flush=True)
+        measured.append(one)
     found: wins.Wins = {}
     for operator, dtype in dict.fromkeys((one.operator, one.dtype) for one in measured):
         here = [one for one in measured if (one.operator, one.dtype) == (operator, dtype)]
         value = found.setdefault(operator, {})[dtype] = verdict(here)
         said = value if isinstance(value, str) else f"triton serves from {value} logits on"
-        console.print(f"{operator}, {dtype}: {said}")
+        print(f"{operator}, {dtype}: {said}")
     try:
         file = Path(path) if path else None if kind == "cpu" else wins.path_of(of["card"])
         if file is not None:
             wins.write(file, of, found)
-            console.print(f"written to {file}", soft_wrap=True)
+            print(f"written to {file}")
     except (OSError, RuntimeError) as error:
         raise InputError(f"{path or 'MULKI_CACHE_DIR'}: cannot be written ({error})") from None
     return int(any(one.problem for one in measured))
@@ -162,22 +164,19 @@ def _measured(operator: str, dtype: str, shape: tuple[int, int, int], kind: str)
     return Measured(*where, ours.metrics["gradient_error"].median, times)
 
 
-def _table(measured: Iterable[Measured]) -> Table:
+def _in_words(one: Measured) -> str:
     from mulki.bench.verify import TOLERANCE
 
-    table = Table("operator, N x P x D", box=None, padding=(0, 2, 0, 0))
-    for name in ("error", "allowed", *(f"{way} ms" for way in WAYS.values()), ""):
-        table.add_column(name, justify="right")
-    operator = ""
-    for one in measured:
-        if one.operator != operator:
-            operator = one.operator
-            table.add_row(operator)
-        numbers = (one.milliseconds.get(way) for way in WAYS.values())
-        table.add_row(
-            f"{one.dtype:<8} {one.shape}",
-            *("-" if one.error is None else f"{one.error:.1e}", f"{TOLERANCE[one.dtype]:.0e}"),
-            *("-" if number is None else f"{number:.3f}" for number in numbers),
-            "wrong" if one.problem else "wins" if one.wins else "slower",
-        )
-    return table
+    numbers = (one.milliseconds.get(way) for way in WAYS.values())
+    return _line(
+        f"{one.dtype:<8} {one.shape}",
+        *("-" if one.error is None else f"{one.error:.1e}", f"{TOLERANCE[one.dtype]:.0e}"),
+        *("-" if number is None else f"{number:.3f}" for number in numbers),
+        "wrong" if one.problem else "wins" if one.wins else "slower",
+    )
+
+
+def _line(first: str, *others: str) -> str:
+    return f"{first:<22}" + "".join(
+        f" {word:>{w}}" for word, w in zip(others, WIDTHS, strict=False)
+    )

@@ -99,8 +99,7 @@ def _served(case: Case) -> str:
     kind = torch.device(case.device).type
     served = choose(op, kind, DTYPES[case.dtype])
     backend = served.backend if case.n * case.p >= served.least else "chunked"
-    reasons = "; ".join(f"{name}: {reason}" for name, reason in served.rejected.items())
-    return f"served by {backend}" + (f" ({reasons})" if reasons else "")
+    return f"served by {backend}" + (f" ({served.reasons})" if served.rejected else "")
 
 
 def _eager(case: Case) -> Loss:

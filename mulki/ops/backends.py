@@ -17,7 +17,7 @@ import math
 import os
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mulki.ops import checks, wins
+from mulki.ops import checks, loader, torch_private, wins
 from mulki.ops.logits import autocasting
 from mulki.ops.operators import OPERATORS, Arguments, Operator, Request
 
@@ -87,10 +87,9 @@ class Cpp:
             return f"serves CPU tensors, not {device_type}"
         if dtype not in (torch.float32, torch.bfloat16, torch.float16):
             return f"takes float32, bfloat16 and float16, not {dtype}"
-        try:
-            reason: str | None = importlib.import_module("mulki.ops.loader").load()
-        except Exception as error:
-            return _reason(error)
+        reason = loader.load()
+        if reason is None and not torch_private.has_cpu_kernel(op):
+            return f"the library has no kernel for {op}"
         return reason
 
     def kernel(self, op: str) -> Kernel:
@@ -105,16 +104,12 @@ class Triton:
             lookup = importlib.import_module("mulki.kernels.lookup")
             reason: str | None = lookup.why_not(op, device_type, dtype)
             return reason
-        except Exception as error:
-            return _reason(error)
+        except Exception as error:  # of a Triton that does not fit
+            return f"{type(error).__name__}: {error}"
 
     def kernel(self, op: str) -> Kernel:
         found: Kernel = importlib.import_module("mulki.kernels.lookup").kernel(op)
         return found
-
-
-def _reason(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}"
 
 
 BACKENDS: dict[str, Triton | Cpp | PlainPyTorch] = {
@@ -135,23 +130,26 @@ class Served(NamedTuple):
     rejected: dict[str, str]  # the better backends, and why they do not serve it
     least: float = 0  # logits of a call, N times P; `chunked` serves smaller ones
 
+    @property
+    def who(self) -> str:
+        """The backend in words."""
+        return f"{self.backend} from {self.least} logits on" if self.least else self.backend
 
-class _Settings(NamedTuple):
-    """What choices depend on."""
-
-    backend: str
-    strict: bool
-    interpreted: bool
+    @property
+    def reasons(self) -> str:
+        """The better backends and why they do not serve, in words; empty where there are none."""
+        return "; ".join(f"{name}: {why}" for name, why in self.rejected.items())
 
 
 # By operator, device type and dtype: the kernel of calls with at least so many logits, and that of
 # smaller ones.
 _Kernels = dict[tuple[str, str, torch.dtype], tuple[Kernel, float, Kernel]]
+_Settings = tuple[str, bool, bool]  # the backend, whether strict, whether Triton interprets
 
 _lock = threading.Lock()
 _forced: tuple[tuple[object, str], ...] = ()  # the one entered last is in force
 _settings: _Settings
-_kernels: _Kernels
+_kernels: _Kernels  # those of the settings
 _kernels_by_settings: dict[_Settings, _Kernels] = {}
 _fallbacks: dict[tuple[str, str, torch.dtype, str], Served] = {}
 
@@ -164,7 +162,7 @@ def read_environment() -> None:
     global _settings, _kernels
     backend = _forced[-1][1] if _forced else os.environ.get("MULKI_BACKEND", "auto")
     strict = os.environ.get("MULKI_STRICT", "") not in ("", "0")
-    _settings = _Settings(backend, strict, os.environ.get("TRITON_INTERPRET") == "1")
+    _settings = (backend, strict, os.environ.get("TRITON_INTERPRET") == "1")
     _kernels = _kernels_by_settings.setdefault(_settings, {})
 
 
@@ -261,16 +259,15 @@ def may_be_triton(op: str, features: Tensor) -> bool:
 
 
 def _chosen(op: str, device_type: str, dtype: torch.dtype) -> tuple[Kernel, float, Kernel]:
-    settings, kernels = _settings, _kernels  # which another thread may change
-    served = choose(op, device_type, dtype, settings.backend)
+    (setting, strict, _), kernels = _settings, _kernels  # which another thread may change
+    served = choose(op, device_type, dtype, setting)
     if served.rejected:
-        if settings.strict:
-            reasons = "; ".join(f"{name}: {why}" for name, why in served.rejected.items())
+        if strict:
             raise RuntimeError(
                 f"MULKI_STRICT: mulki::{op} for {device_type} tensors of {dtype} falls back to "
-                f"{served.backend} ({reasons}); unset MULKI_STRICT to allow it"
+                f"{served.backend} ({served.reasons}); unset MULKI_STRICT to allow it"
             )
-        _fallbacks.setdefault((op, device_type, dtype, settings.backend), served)
+        _fallbacks.setdefault((op, device_type, dtype, setting), served)
     found = BACKENDS[served.backend].kernel(op), served.least, BACKENDS["chunked"].kernel(op)
     kernels[op, device_type, dtype] = found
     return found
@@ -288,7 +285,7 @@ def choose(op: str, device_type: str, dtype: torch.dtype, setting: str | None = 
     Raises:
         ValueError: the setting is none of NAMES.
     """
-    setting = _settings.backend if setting is None else setting
+    setting = _settings[0] if setting is None else setting
     checks.choice("MULKI_BACKEND", setting, NAMES)
     if dtype == torch.float64 and setting != "chunked":
         return Served(op, device_type, dtype, "reference", {})
@@ -313,7 +310,8 @@ def _candidates(op: str, device_type: str) -> tuple[str, ...]:
     return tuple(name for name in of_device if not (name == "cpp" and op == "similarity"))
 
 
-def use_backend(name: str) -> AbstractContextManager[None]:
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
     """A context in which `name` serves the operators: auto, triton, cpp, chunked or reference.
 
     It holds for the whole process, since autograd runs backward passes in threads of its own, and
@@ -323,13 +321,8 @@ def use_backend(name: str) -> AbstractContextManager[None]:
     Raises:
         ValueError: there is no such backend.
     """
-    checks.choice("name", name, NAMES)
-    return _forcing(name)
-
-
-@contextmanager
-def _forcing(name: str) -> Iterator[None]:
     global _forced
+    checks.choice("name", name, NAMES)
     entry = object(), name  # two may name the same backend
     with _lock:
         _forced = (*_forced, entry)
@@ -367,8 +360,8 @@ def _explained(served: Served) -> Served:
     place = better.index(served.backend) if served.backend in better else 0
     reasons = dict(served.rejected)
     for name in better[:place]:
-        if _settings.backend != "auto":
-            reasons.setdefault(name, f"{_settings.backend} is forced")
+        if _settings[0] != "auto":
+            reasons.setdefault(name, f"{_settings[0]} is forced")
         elif name not in reasons:
             where = served.op, served.device_type, served.dtype
             reasons[name] = BACKENDS[name].why_not(*where) or wins.least(*where)[1]

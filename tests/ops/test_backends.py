@@ -150,8 +150,8 @@ def test_use_backend_reaches_the_threads_of_autograd(cpp):
 
 
 def test_unknown_names_are_refused(monkeypatch):
-    with pytest.raises(ValueError, match="^name: got 'cuda'"):
-        use_backend("cuda")
+    with pytest.raises(ValueError, match="^name: got 'cuda'"), use_backend("cuda"):
+        called()
     monkeypatch.setenv("MULKI_BACKEND", "eager")
     backends.read_environment()
     with pytest.raises(ValueError, match="^MULKI_BACKEND: got 'eager'"):
