@@ -1,4 +1,4 @@
-"""Tests with many cases: `make test` runs a few of them, `make nightly` all, or a sample of a sweep."""
+"""Tests with many cases: `make test` runs a few of them, `make nightly` all or a sample."""
 
 from __future__ import annotations
 

@@ -132,7 +132,7 @@ def formula(x: PairKl, reduction: str, details: bool) -> tuple[Tensor, ...]:
         total = total / len(z)
     if not details:
         return (total,)
-    entropy = torch.stack([side[2] for side in sides])
+    entropy = torch.stack([side[2] for side in sides if side[2] is not None])
     return total, kl * t2, weights, entropy, labels
 
 
