@@ -113,7 +113,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> teacher_kl(
   const Upstream upstream = request.upstream(n, n);
   Grads grads(features, prototypes, request.dtype(features), wanted[0], wanted[1]);
   double dscale = 0;
-  with_engine(features, prototypes, [&](auto engine) {
+  with_engine(features.scalar_type(), [&](auto engine) {
     using Engine = decltype(engine);
     const Tiling tiling(n, p, k + 1, wanted[0] || wanted[1]);
     std::vector<Model<typename Engine::Operand>> models;

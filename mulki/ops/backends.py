@@ -250,7 +250,7 @@ def may_be_triton(op: str, features: Tensor) -> bool:
     Raises:
         RuntimeError, ValueError: see `kernel`.
     """
-    if features.is_cpu and not _settings.interpreted:
+    if features.is_cpu and not _settings[2]:
         return False
     if torch.compiler.is_compiling():
         return True

@@ -111,12 +111,12 @@ def pair_kl(
     """teacher_kl over rows and over columns, the own pair being the target."""
     own = torch.arange(x.shape[0])
     of_rows, of_columns = (None, None) if weights is None else weights
-    temperature, *gate, t2, _ = options
+    temperature, *gate, t2, weight, label_weight = options
     rest = own, None, temperature, *gate, t2
     rows = teacher_kl(x, w, scale, teacher_x, teacher_w, teacher_scales, of_rows, *rest)
     columns = teacher_kl(w, x, scale, teacher_w, teacher_x, teacher_scales, of_columns, *rest)
     return KL(
-        (rows.loss + columns.loss) / 2,
+        weight * (rows.loss + columns.loss) / 2 + label_weight * contrastive(x, w, scale),
         torch.stack([rows.kl, columns.kl]),
         torch.stack([rows.weights, columns.weights]),
         torch.stack([rows.entropy, columns.entropy]),

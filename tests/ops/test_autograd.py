@@ -42,10 +42,10 @@ def loss_of(case: Case, reduction: str) -> torch.Tensor:
         options = temperature, t2, weights, weighting, target, mask
         return ops.teacher_kl.loss(operands, teachers, *options, reduction)[0]
     if case.op == "pair_kl":
-        tx, tw, ts, weights, temperature, gate_temperature, a, b, t2, _ = rest
+        tx, tw, ts, weights, temperature, gate_temperature, a, b, t2, *of_losses = rest
         teachers = list(zip(tx, tw, ts, strict=True))
         options = temperature, t2, weights, Weighting(UNIFORM, gate_temperature, a, b)
-        return ops.pair_kl.loss(operands, teachers, *options, reduction)[0]
+        return ops.pair_kl.loss(operands, teachers, *options, reduction, *of_losses)[0]
     if case.op == "contrastive":
         return ops.contrastive.loss(operands, None, reduction)
     bias, offset = rest

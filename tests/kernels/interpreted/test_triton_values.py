@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mulki.kernels import common, results, schedule
-from tests.kernels.triton_cases import LOSSES, NAMES, Case, make, pair_kl, teacher_kl
+from tests.kernels.triton_cases import LOSSES, NAMES, make, teacher_kl
 from tests.kernels.triton_helpers import (
     TOLERANCE,
     all_close,
@@ -17,7 +17,6 @@ from tests.kernels.triton_helpers import (
     error,
     reduced,
 )
-from tests.ops.op_cases import with_argument
 
 HALVES = ("cosines", "ce_all", "kl_label", "kl_weights", "contrastive", "pairs_weights", "siglip")
 FLOAT = TOLERANCE[torch.float32]
@@ -39,43 +38,6 @@ def test_means_and_their_gradients(name):
     found, made, _ = reduced(case)
     close(found, total, FLOAT)
     all_close(made, gradients, FLOAT)
-
-
-def with_labels(case):
-    return with_argument(case, 12, True)
-
-
-@pytest.mark.parametrize(("name", "mean"), [("pairs", True), ("pairs_weights", False)])
-def test_pairs_with_labels(name, mean):
-    case = make(name)
-    labels = Case("contrastive", case.args[:3])
-    parts = [one.expected(mean=mean) for one in (labels, case)]
-    totals, made, (kl, used, entropy) = reduced(with_labels(case), mean)
-    close(totals, torch.stack([total for total, _ in parts]), FLOAT)
-    gradients = [a + b for a, b in zip(*(of for _, of in parts), strict=True)]
-    all_close(made, gradients, FLOAT)
-    want = pair_kl(*case.double())
-    all_close((kl, used, entropy), (want.kl, want.weights, want.entropy), FLOAT)
-
-
-@pytest.mark.parametrize(
-    ("name", "dtype"), [("pairs", torch.float32), ("pairs_weights", torch.float16)]
-)
-def test_pairs_with_labels_have_an_upstream_gradient_for_each_loss(name, dtype):
-    case = make(name, dtype)
-    labels = Case("contrastive", case.args[:3])
-    upstreams = case.upstream(), 0.5 - case.upstream().flip(0)
-    parts = [one.expected(grad) for one, grad in zip((labels, case), upstreams, strict=True)]
-    rows = torch.stack([rows for rows, _ in parts])
-    close(call("pair_kl", *with_labels(case).args)[0], rows, FLOAT)
-    gradients = [a + b for a, b in zip(*(of for _, of in parts), strict=True)]
-    all_close(backward(with_labels(case), torch.stack(upstreams)), gradients, TOLERANCE[dtype])
-    # The same of one number for all rows of each.
-    grad = torch.tensor([0.7, -1.3])
-    parts = [one.expected(mean=True)[1] for one in (labels, case)]
-    gradients = [0.7 * a - 1.3 * b for a, b in zip(*parts, strict=True)]
-    found = backward(with_labels(case), grad, reduction="mean")
-    all_close(found, gradients, 2 * TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize(

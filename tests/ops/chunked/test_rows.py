@@ -31,11 +31,11 @@ def of_itself(name: str) -> Case:
     return asking(Case(case.op, (x, w, scale, *same, *case.args[6:])), "reduced")
 
 
-@pytest.mark.parametrize("name", ["kl", "kl_label", "pairs_blend"])
+@pytest.mark.parametrize("name", ["kl", "kl_label", "pairs_label"])
 def test_a_student_that_is_its_teachers_has_no_loss_and_no_gradient(name, cut_small):
     """Exactly where rows have all their columns; else but for the rounding of sums of parts."""
     loss, *_, of_x, of_w, of_scale = run(of_itself(name))
-    bound = 0 if cut_small == max(CUT) and name != "pairs_blend" else 1e-5
+    bound = 0 if cut_small == max(CUT) and name != "pairs_label" else 1e-5
     for found in (loss, of_x, of_w, of_scale):
         assert found.abs().max() <= bound
 
