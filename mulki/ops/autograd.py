@@ -42,14 +42,14 @@ def register(operator: Operator, factor_of_weights: Callable[[Any], float] | Non
         ctx.mark_non_differentiable(*output[1:])
         ctx.reduction = request.reduction
         ctx.rows = x[0].shape[0] if request.reduction == "mean" else 1
-        ctx.weighted = factor_of_weights is not None and x.weights is not None
-        if factor_of_weights is not None:
-            ctx.factor_of_weights = factor_of_weights(x)
+        ctx.factor = None
+        if factor_of_weights is not None and x.weights is not None:
+            ctx.factor = factor_of_weights(x)
         kept = x
         if request.reduction != "none":
             # For their shapes and dtypes alone.
             kept = [leaf if leaf.requires_grad else None for leaf in x[:leaves]]
-        of_weights = (x.weights, output[1]) if ctx.weighted else (None, None)
+        of_weights = (None, None) if ctx.factor is None else (x.weights, output[1])
         _save(ctx, [*output[-leaves:], *of_weights, *kept])
 
     def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
@@ -70,12 +70,8 @@ def register(operator: Operator, factor_of_weights: Callable[[Any], float] | Non
             _check_stored(operator.name, x, stored, needed)
             found = _multiplied(grad, x, stored, needed, weights)
         result[:leaves] = [one if want else None for one, want in zip(found, needed, strict=True)]
-        if (
-            factor_of_weights is not None
-            and ctx.weighted
-            and ctx.needs_input_grad[fields.index("weights")]
-        ):
-            of_rows = ctx.factor_of_weights * grad
+        if ctx.factor is not None and ctx.needs_input_grad[fields.index("weights")]:
+            of_rows = ctx.factor * grad
             of_rows = of_rows.unsqueeze(-1) if ctx.reduction == "none" else of_rows / ctx.rows
             tie = _tie([*x[:leaves], weights])
             result[fields.index("weights")] = _times(of_rows, divergence, weights, tie)

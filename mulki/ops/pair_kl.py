@@ -114,7 +114,8 @@ def formula(x: PairKl, reduction: str, details: bool) -> tuple[Tensor, ...]:
             teacher_kl.divergences(models, dim, x, weights, own, details)
             for dim, weights in zip((1, 0), given, strict=True)
         ]
-        kl, weights = (torch.stack([side[i] for side in sides]) for i in (0, 1))
+        kl = torch.stack([side[0] for side in sides])
+        weights = torch.stack([side[1] for side in sides])
         total = (weights * kl).sum() * (x.weight * t2 / 2)
         g = sides[0][3].add_(sides[1][3]).mul_(x.weight * t2 / (2 * x.temperature))
         labels = kl.new_empty(0)
