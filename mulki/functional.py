@@ -471,7 +471,7 @@ def _checked_weighting(
     # That of a distillation whose models and weights are what they should be.
     if not isinstance(student, Similarity):
         _explain_no_similarity("student", student)
-    if isinstance(teachers, Similarity) or not isinstance(teachers, Sequence):
+    if type(teachers) not in (list, tuple) and not isinstance(teachers, Sequence):
         raise TypeError(
             f"teachers: got {type(teachers).__name__}, wanted a sequence of Similarity; "
             f"put a single teacher in a list"

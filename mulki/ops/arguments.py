@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -75,12 +75,12 @@ def with_bias(loss: Tensor, logit_bias: Tensor | float | None) -> Tensor:
 _FORWARD_MODE = "forward-mode differentiation of mulki is not supported; use reverse mode"
 
 
-def refuse_transforms(*groups: Sequence[Tensor | float | None]) -> None:
-    """Raise a RuntimeError where a leaf in one of the groups is differentiated otherwise.
+def refuse_transforms(values: Sequence[Any]) -> None:
+    """Raise a RuntimeError where one of the tensors, also in lists, is differentiated otherwise.
 
     In forward mode autograd would drop the tangent in silence, and the derivative would be zero.
     The gradients of `torch.func` fail in torch, whose message does not say what to do. In compiled
-    code forward mode is refused whatever the leaves are.
+    code forward mode is refused whatever the tensors are.
     """
     if torch_private.nothing_listens():
         return
@@ -88,12 +88,14 @@ def refuse_transforms(*groups: Sequence[Tensor | float | None]) -> None:
     forward_mode = torch_private.forward_mode_may_be_on()
     if compiling and forward_mode and torch_private.reason() is None:
         raise RuntimeError(_FORWARD_MODE)
-    for leaf in itertools.chain(*groups):
-        if not isinstance(leaf, Tensor):
+    for value in values:
+        if isinstance(value, list):
+            refuse_transforms(value)
+        if not isinstance(value, Tensor):
             continue
-        if forward_mode and forward_ad.unpack_dual(leaf).tangent is not None:
+        if forward_mode and forward_ad.unpack_dual(value).tangent is not None:
             raise RuntimeError(_FORWARD_MODE)
-        if not compiling and torch_private.is_differentiated_by_transform(leaf):
+        if not compiling and torch_private.is_differentiated_by_transform(value):
             raise RuntimeError(
                 "torch.func.grad, vjp and jacrev of mulki are not supported; use "
                 "torch.autograd.grad or backward()"

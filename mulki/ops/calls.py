@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from mulki.ops import backends, torch_private
+from mulki.ops.arguments import refuse_transforms
 from mulki.ops.logits import autocasting
 from mulki.ops.operators import OPERATORS, Arguments
 
@@ -34,6 +35,7 @@ def call(op: str, x: Arguments, reduction: str, details: bool = True) -> tuple[T
     leaves = operator.leaves
     wanted = [False] * leaves
     if not torch_private.nothing_listens() or not _are_plain(x, leaves):
+        refuse_transforms(x)
         if reduction != "none" and torch.is_grad_enabled():
             # What a tensor under vmap says of itself is not what the one behind it requires.
             every = torch_private.transform_is_active()

@@ -116,7 +116,14 @@ def inputs(
     if not _are_matrices(features, prototypes):
         exact = torch.float64 in (features.dtype, prototypes.dtype)
         matrices(features, prototypes, names, exact or not autocasting(features.device.type))
-    if type(scale) is not float:
+    if type(scale) is float:
+        return
+    if not (
+        isinstance(scale, Tensor)
+        and scale.ndim == 0
+        and scale.is_floating_point()
+        and scale.device == features.device
+    ):
         scalar(names[2], scale, features.device)
 
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from mulki.ops import calls, checks, contrastive, teacher_kl
-from mulki.ops.arguments import refuse_transforms, scalar
+from mulki.ops.arguments import scalar
 from mulki.ops.autograd import known
 from mulki.ops.contrastive import Contrastive
 from mulki.ops.gates import Weighting
@@ -175,7 +175,6 @@ def loss(
     Raises:
         TypeError, ValueError: naming the argument.
     """
-    refuse_transforms(student, *teachers, (weights,))
     models = teacher_kl.in_one_dtype(student, teachers)
     (images, texts, scale), *others = models
     of_student = Contrastive(images, texts, scalar(scale, images))

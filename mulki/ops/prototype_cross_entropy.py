@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mulki.ops import calls, checks
-from mulki.ops.arguments import refuse_transforms, rounded, scalar
+from mulki.ops.arguments import rounded, scalar
 from mulki.ops.logits import Operands, in_range, logits, product
 from mulki.ops.registry import define
 
@@ -94,7 +94,6 @@ def loss(
     Raises:
         TypeError, ValueError: naming the argument.
     """
-    refuse_transforms(operands)
     features, prototypes, scale = rounded(operands)
     labels = target, class_mask, label_smoothing, ignore_index
     x = PrototypeCrossEntropy(features, prototypes, scalar(scale, features), *labels)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mulki.ops import calls, checks
-from mulki.ops.arguments import refuse_transforms, rounded, scalar
+from mulki.ops.arguments import rounded, scalar
 from mulki.ops.logits import Operands, logits
 from mulki.ops.registry import define
 
@@ -54,7 +54,6 @@ def loss(operands: Operands, logit_bias: Tensor | float, reduction: str, offset:
     Raises:
         TypeError, ValueError: naming the argument.
     """
-    refuse_transforms(operands, (logit_bias,))
     images, texts, scale = rounded(operands, _NAMES)
     x = Siglip(images, texts, scalar(scale, images), scalar(logit_bias, images), offset)
     return calls.call("siglip", x, reduction)[0]

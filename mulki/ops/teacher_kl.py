@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from mulki.ops import calls, checks, gates, torch_private
-from mulki.ops.arguments import refuse_transforms, rounded, scalar
+from mulki.ops.arguments import rounded, scalar
 from mulki.ops.autograd import known
 from mulki.ops.gates import Gate, Weighting
 from mulki.ops.logits import Operands, autocasting, in_range, logits, product, wide
@@ -215,7 +215,6 @@ def loss(
     Raises:
         TypeError, ValueError: naming the argument.
     """
-    refuse_transforms(student, *teachers, (weights,))
     models = in_one_dtype(student, teachers)
     (features, prototypes, scale), *others = models
     if weighting.gate.weights is not None:
