@@ -62,6 +62,16 @@ def scalar(value: Tensor | float, like: Tensor) -> Tensor:
     return found
 
 
+def savable(value: Any) -> Any:
+    """A tensor that autograd can save: a copy of an inference tensor, as frozen prototypes may be.
+
+    Other values are handed back as they are.
+    """
+    if isinstance(value, Tensor) and value.is_inference() and torch.is_grad_enabled():
+        return value.clone()
+    return value
+
+
 def with_bias(loss: Tensor, logit_bias: Tensor | float | None) -> Tensor:
     """`loss`, whose softmax does not see the bias, with a gradient of zero for it.
 

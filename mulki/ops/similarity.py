@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mulki.ops import backends, calls, checks, torch_private
-from mulki.ops.arguments import refuse_transforms, rounded, scalar
+from mulki.ops.arguments import refuse_transforms, rounded, savable, scalar
 from mulki.ops.logits import Operands, autocasting, logits, multiplies_halves, wide
 from mulki.ops.registry import define
 
@@ -62,6 +62,8 @@ def matrix(operands: Operands, normalize: bool = False) -> Tensor:
         refuse_transforms(operands)
         x = SimilarityMatrix(features, prototypes, scalar(scale, features), normalize)
         return calls.call("similarity", x, "none")[0]
+    if not torch.compiler.is_compiling():
+        features, prototypes, scale = map(savable, (features, prototypes, scale))
     if features.dtype == wide(features.dtype):
         if normalize:
             features, prototypes = F.normalize(features, dim=1), F.normalize(prototypes, dim=1)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from mulki.ops import reference
+from mulki.ops.arguments import savable
 from mulki.ops.chunked import pairs, products, results, rows, sigmoids
 from mulki.ops.operators import Arguments, Operator, Request
 
@@ -64,4 +65,4 @@ def at_once(
     n, p = features.shape[0], x[1].shape[0]
     if n == 0 or _COPIES * 4 * models * n * p > products.budget(features.device.type):
         return None
-    return operator.formula(x, reduction, details)
+    return operator.formula(operator.arguments(*map(savable, x)), reduction, details)
