@@ -243,8 +243,7 @@ void differentiable(
 
 TORCH_LIBRARY_IMPL(mulki_cpp, AutogradCPU, m) {
   for (const char* op :
-       {"similarity", "prototype_cross_entropy", "teacher_kl", "contrastive", "siglip",
-        "pair_kl"}) {
+       {"prototype_cross_entropy", "teacher_kl", "contrastive", "siglip", "pair_kl"}) {
     m.impl(op, torch::CppFunction::makeFromBoxedFunction<&differentiable>());
   }
 }
