@@ -33,14 +33,27 @@ def markdown(rows: Sequence[Row]) -> str:
 
 
 def parser_with_output(description: str | None) -> argparse.ArgumentParser:
-    """A parser with ``--output``, a CSV file."""
+    """A parser with ``--output``, a CSV file that is refused at once where it cannot be written."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument(
-        "--output", metavar="FILE", help="a CSV file to write; one that exists grows"
+        "--output",
+        type=_writable,
+        metavar="FILE",
+        help="a CSV file to write; one that exists grows",
     )
     return parser
+
+
+def _writable(path: str) -> str:
+    try:
+        Path(path).open("a").close()
+    except OSError as error:
+        raise argparse.ArgumentTypeError(
+            f"{path}: {error.strerror}; name a file in a folder that exists"
+        ) from None
+    return path
 
 
 def show(rows: Sequence[Row], output: str | None, device: str) -> None:
