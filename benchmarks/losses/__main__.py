@@ -31,7 +31,7 @@ from mulki.ops import use_backend
 MIB = 2**20
 TOLERANCE = 2e-5  # relative L2, float32 against float64
 WHO = ("open_clip", "mulki")
-LOSSES: dict[str, dict[str, Callable[[], nn.Module]]] = {
+LOSSES: dict[str, dict[str, Callable[..., nn.Module]]] = {
     "mulki": {
         "ClipLoss": losses.ClipLoss,
         "SigLipLoss": losses.SigLipLoss,
@@ -81,63 +81,77 @@ def arguments(name: str, n: int, width: int, dtype: torch.dtype) -> dict[str, Te
     return leaves
 
 
-def total(loss: nn.Module, weight: float | None, given: dict[str, Tensor]) -> Tensor:
-    """The contrastive loss and, by its weight, the distillation."""
-    contrastive, *distilled = loss(**given, output_dict=True).values()
-    # Weight 1 costs no multiplication, as in open_clip's training.
-    weigh = (lambda term: term) if weight in (None, 1.0) else (lambda term: weight * term)
-    return torch.stack([contrastive, *map(weigh, distilled)]).sum()
+Total = Callable[[dict[str, Tensor]], Tensor]
 
 
-def outcome(loss: nn.Module, weight: float | None, given: dict[str, Tensor]) -> list[Tensor]:
+def total_of(who: str, case: Case) -> Total:
+    """The sum of a loss and, by its weight, of its distillation: an argument of ours."""
+    name, weight = case
+    if weight is None:
+        loss, factor = LOSSES[who][name](), 1.0
+    elif who == "mulki":
+        loss, factor = LOSSES[who][name](distill_weight=weight), 1.0
+    else:
+        loss, factor = LOSSES[who][name](), weight
+
+    def total(given: dict[str, Tensor]) -> Tensor:
+        contrastive, *distilled = loss(**given, output_dict=True).values()
+        # Weight 1 costs no multiplication, as in open_clip's training.
+        weighed = distilled if factor == 1 else [factor * term for term in distilled]
+        return torch.stack([contrastive, *weighed]).sum()
+
+    return total
+
+
+def outcome(total: Total, given: dict[str, Tensor]) -> list[Tensor]:
     """Value and gradients."""
-    value = total(loss, weight, given)
+    value = total(given)
     leaves = [v for v in given.values() if v.requires_grad]
     return [value.detach(), *torch.autograd.grad(value, leaves)]
 
 
 def check(case: Case, n: int, width: int) -> float:
     """The largest relative L2 error of value and gradients; raises where it is too large."""
-    name, weight = case
+    name, _ = case
     exact = arguments(name, n, width, torch.float64)
     if name in LOSSES["open_clip"]:
-        want = outcome(LOSSES["open_clip"][name](), weight, exact)
+        want = outcome(total_of("open_clip", case), exact)
     else:
         with use_backend("reference"):
-            want = outcome(LOSSES["mulki"][name](), weight, exact)
-    got = outcome(LOSSES["mulki"][name](), weight, arguments(name, n, width, torch.float32))
+            want = outcome(total_of("mulki", case), exact)
+    got = outcome(total_of("mulki", case), arguments(name, n, width, torch.float32))
     error = max(((a - b).norm() / b.norm()).item() for a, b in zip(got, want, strict=True))
     if not error <= TOLERANCE:
         raise SystemExit(f"{name} at B = {n}: error {error:.1e}, wanted {TOLERANCE:.0e} at most")
     return error
 
 
-def kept(loss: nn.Module, weight: float | None, given: dict[str, Tensor]) -> int:
+def kept(total: Total, given: dict[str, Tensor]) -> int:
     """Bytes of the storages that a call keeps for backward, its inputs included."""
     saved = SavedBytes()
     with saved.watching():
-        total(loss, weight, given)
+        total(given)
     return saved.peak
 
 
-def extra_at_peak(loss: nn.Module, weight: float | None, given: dict[str, Tensor]) -> int:
+def extra_at_peak(total: Total, given: dict[str, Tensor]) -> int:
     """Bytes beyond inputs and gradients at the peak of forward and backward."""
     names = list(given)
 
     def call(*values: Tensor) -> Tensor:
-        return total(loss, weight, dict(zip(names, values, strict=True)))
+        return total(dict(zip(names, values, strict=True)))
 
     leaves = {key: value for key, value in given.items() if value.requires_grad}
     inputs = Inputs(tuple(given.values()), leaves, torch.ones(()))
     return extra_memory("both", call, inputs, "cpu")["memory"]
 
 
-def timer(loss: nn.Module, weight: float | None, given: dict[str, Tensor]) -> Callable[[], float]:
+def timer(total: Total, given: dict[str, Tensor]) -> Callable[[], float]:
     """A call that returns the seconds of the processor that it took."""
 
     def call() -> float:
         start = time.process_time()  # of all threads: other processes count for less
-        outcome(loss, weight, given)
+        outcome(total, given)
         return time.process_time() - start
 
     return call
@@ -157,13 +171,13 @@ def compared(
         for n in batch_sizes:
             error = check(case, n, width)
             given = arguments(name, n, width, torch.float32)
-            made = {who: of[name]() for who, of in LOSSES.items() if name in of}
+            totals = {who: total_of(who, case) for who, of in LOSSES.items() if name in of}
             with no_garbage_collection():
-                calls = {who: timer(loss, weight, given) for who, loss in made.items()}
+                calls = {who: timer(total, given) for who, total in totals.items()}
                 times = take_turns(calls, seconds)
             cells = [name, "-" if weight is None else f"{weight:g}", str(n)]
             for measure in (kept, extra_at_peak):
-                found = {who: measure(loss, weight, given) / MIB for who, loss in made.items()}
+                found = {who: measure(total, given) / MIB for who, total in totals.items()}
                 cells += [f"{found[who]:.0f}" if who in found else "-" for who in WHO]
             medians = {who: 1e3 * statistics.median(of) for who, of in times.items()}
             cells += [f"{medians[who]:.3g}" if who in medians else "-" for who in WHO]
@@ -181,7 +195,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1024, 2048])
     parser.add_argument(
-        "--weights", type=float, nargs="+", default=[1.0], help="of a distillation, a row for each"
+        "--weights",
+        type=float,
+        nargs="+",
+        default=[1.0, 2.0],
+        help="of a distillation beside the contrastive loss, a row for each",
     )
     parser.add_argument("--width", type=int, default=512)
     parser.add_argument("--seconds", type=float, default=5.0, help="of timing, each loss of both")
