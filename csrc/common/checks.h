@@ -1,5 +1,5 @@
 // Checks that keep a kernel from reading or writing out of bounds: ranks, sizes, dtypes and class
-// indices. Small calls come here first (mulki/ops/direct.py); what is refused is explained by the
+// indices. Small calls come here first (mulki/ops/calls.py); what is refused is explained by the
 // checks of Python, mulki/ops/checks.py.
 //
 // `name` is the argument's name in the schema of the operator.
