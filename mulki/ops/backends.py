@@ -289,7 +289,7 @@ def choose(op: str, device_type: str, dtype: torch.dtype, setting: str | None = 
     checks.choice("MULKI_BACKEND", setting, NAMES)
     if dtype == torch.float64 and setting != "chunked":
         return Served(op, device_type, dtype, "reference", {})
-    names = _candidates(op, device_type) if setting == "auto" else (setting,)
+    names = _candidates(op, device_type, setting)
     rejected: dict[str, str] = {}
     for name in names:
         least = 0.0
@@ -304,10 +304,10 @@ def choose(op: str, device_type: str, dtype: torch.dtype, setting: str | None = 
     return Served(op, device_type, dtype, "chunked", rejected)
 
 
-def _candidates(op: str, device_type: str) -> tuple[str, ...]:
-    # On the CPU similarity is plain PyTorch.
-    of_device = CANDIDATES.get(device_type, ELSEWHERE)
-    return tuple(name for name in of_device if not (name == "cpp" and op == "similarity"))
+def _candidates(op: str, device_type: str, setting: str) -> tuple[str, ...]:
+    names = CANDIDATES.get(device_type, ELSEWHERE) if setting == "auto" else (setting,)
+    # On the CPU similarity is plain PyTorch by design.
+    return ("chunked",) if "cpp" in names and op == "similarity" else names
 
 
 @contextmanager
@@ -356,7 +356,7 @@ def report() -> list[Served]:
 
 def _explained(served: Served) -> Served:
     # With a reason for each better backend that was not asked.
-    better = (*_candidates(served.op, served.device_type), "reference")
+    better = (*_candidates(served.op, served.device_type, "auto"), "reference")
     place = better.index(served.backend) if served.backend in better else 0
     reasons = dict(served.rejected)
     for name in better[:place]:

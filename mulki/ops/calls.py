@@ -10,8 +10,6 @@ block holds all logits, it is the formula (`mulki.ops.chunked.whole`).
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
@@ -34,7 +32,7 @@ def call(op: str, x: Arguments, reduction: str, details: bool = True) -> tuple[T
     operator = OPERATORS[op]
     leaves = operator.leaves
     wanted = [False] * leaves
-    if not torch_private.nothing_listens() or not _are_plain(x, leaves):
+    if not torch_private.nothing_listens() or not _are_plain(x):
         refuse_transforms(x)
         if reduction != "none" and torch.is_grad_enabled():
             # What a tensor under vmap says of itself is not what the one behind it requires.
@@ -48,7 +46,7 @@ def call(op: str, x: Arguments, reduction: str, details: bool = True) -> tuple[T
     features = x[0]
     logits = features.shape[0] * x[1].shape[0]
     kernel = backends.kernel(op, features.device.type, features.dtype, logits)
-    if isinstance(kernel, backends.CppKernel):
+    if isinstance(kernel, backends.CppKernel) and not _asks_of_weights(x):
         try:
             return kernel.overload(*x, None, reduction, wanted)
         except (TypeError, ValueError, RuntimeError):
@@ -70,18 +68,16 @@ def call(op: str, x: Arguments, reduction: str, details: bool = True) -> tuple[T
 _PLAIN = frozenset({Tensor, nn.Parameter})
 
 
-def _are_plain(x: Arguments, leaves: int) -> bool:
-    # Whether the tensors are plain ones that have values, and gradients are asked of leaves alone.
-    for place, value in enumerate(x):
-        if isinstance(value, Tensor):
-            tensors: Any = (value,)
-        elif type(value) is list:
-            tensors = value
-        else:
-            continue
-        for t in tensors:
-            if type(t) not in _PLAIN or t.is_meta or t.is_neg():
-                return False
-            if place >= leaves and t.requires_grad and torch.is_grad_enabled():
+def _are_plain(x: Arguments) -> bool:
+    # Whether the tensors, also those in lists, are plain ones that have values.
+    for value in x:
+        for t in value if type(value) is list else (value,):
+            if isinstance(t, Tensor) and (type(t) not in _PLAIN or t.is_meta or t.is_neg()):
                 return False
     return True
+
+
+def _asks_of_weights(x: Arguments) -> bool:
+    # Whether gradients are asked of more than the leaves, which csrc/autograd.cpp does not know.
+    weights = getattr(x, "weights", None)
+    return weights is not None and weights.requires_grad and torch.is_grad_enabled()

@@ -143,15 +143,15 @@ class Weighting(NamedTuple):
         Raises:
             TypeError, ValueError: there is none, or a number is missing, out of range or not its.
         """
-        key = gate, temperature
-        plain = type(temperature) is float and entropy is None and label is None
-        if plain and (known := _weightings.get(key)) is not None:
+        plain = type(gate) is str and type(temperature) is float and entropy is label is None
+        known = _weightings.get((gate, temperature)) if plain else None
+        if known is not None and known.gate is GATES.get(gate):
             return known
         found = find_gate(gate)
         checks.temperature("gate_temperature", temperature)
         weighting = cls(found, float(temperature), *found.numbers(entropy, label))
         if plain and not torch.compiler.is_compiling():
-            _weightings[key] = weighting
+            _weightings[gate, temperature] = weighting
         return weighting
 
     @property

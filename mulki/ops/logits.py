@@ -95,7 +95,7 @@ def product(
             z: Tensor = _HalfProduct.apply(features, prototypes)  # type: ignore[no-untyped-call]
             return z * scale
         features, prototypes = features.to(dtype), prototypes.to(dtype)
-    return (features * scale) @ prototypes.mT
+    return (features @ prototypes.mT) * scale
 
 
 def logits(

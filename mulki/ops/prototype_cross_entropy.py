@@ -49,7 +49,7 @@ def reference(x: PrototypeCrossEntropy) -> tuple[Tensor]:  # [N]
     if x.label_smoothing:
         active = log_q if x.class_mask is None else log_q.masked_fill(~x.class_mask, 0)
         count = log_q.shape[1] if x.class_mask is None else x.class_mask.sum()
-        loss = loss - x.label_smoothing / count * active.sum(dim=1, keepdim=True)
+        loss = loss - x.label_smoothing * (active.sum(dim=1, keepdim=True) / count)
     if outside is not None:
         loss = loss.masked_fill(outside, torch.nan)
     return (loss.where(kept, 0).squeeze(1),)

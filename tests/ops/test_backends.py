@@ -197,9 +197,11 @@ def test_report_names_who_serves_and_why_others_do_not(cpp):
 
     cpu = of_the_cpu()
     assert {(s.op, s.dtype) for s in cpu} == {(o, d) for o in OPERATORS for d in (FULL, HALF)}
-    assert all(s.backend == "chunked" and s.rejected == {"cpp": "no compiler"} for s in cpu)
+    losses = [s for s in cpu if s.op != "similarity"]  # which is plain PyTorch by design
+    assert all(s.backend == "chunked" and s.rejected == {"cpp": "no compiler"} for s in losses)
     cpp.refuse(None)
-    assert all(s.backend == "cpp" and s.rejected == {} for s in of_the_cpu())
+    wanted = {o: "chunked" if o == "similarity" else "cpp" for o in OPERATORS}
+    assert all(s.backend == wanted[s.op] and s.rejected == {} for s in of_the_cpu())
     with use_backend("reference"):
         served = of_the_cpu()[0]
         forced = dict.fromkeys(("cpp", "chunked"), "reference is forced")

@@ -50,7 +50,8 @@ def test_the_check_without_them(monkeypatch):
     torch_private.check(ValueError, True, lambda: "fine")
     with pytest.raises(TypeError, match="^w: wrong$"):
         torch_private.check(TypeError, False, lambda: "w: wrong")
-    assert not torch_private.forward_mode_is_off()
+    assert torch_private.forward_mode_may_be_on()
+    assert not torch_private.nothing_listens()
     assert not torch_private.is_last_plain_backward(torch.ones(()))
 
 
