@@ -46,7 +46,10 @@ def call(op: str, x: Arguments, reduction: str, details: bool = True) -> tuple[T
     features = x[0]
     logits = features.shape[0] * x[1].shape[0]
     kernel = backends.kernel(op, features.device.type, features.dtype, logits)
-    if isinstance(kernel, backends.CppKernel) and not _asks_of_weights(x):
+    # csrc/autograd.cpp knows no gradients but those of the leaves.
+    weights = getattr(x, "weights", None)
+    of_weights = weights is not None and weights.requires_grad and torch.is_grad_enabled()
+    if isinstance(kernel, backends.CppKernel) and not of_weights:
         try:
             return kernel.overload(*x, None, reduction, wanted)
         except (TypeError, ValueError, RuntimeError):
@@ -75,9 +78,3 @@ def _are_plain(x: Arguments) -> bool:
             if isinstance(t, Tensor) and (type(t) not in _PLAIN or t.is_meta or t.is_neg()):
                 return False
     return True
-
-
-def _asks_of_weights(x: Arguments) -> bool:
-    # Whether gradients are asked of more than the leaves, which csrc/autograd.cpp does not know.
-    weights = getattr(x, "weights", None)
-    return weights is not None and weights.requires_grad and torch.is_grad_enabled()
