@@ -7,7 +7,7 @@ the CPU) and in kernels/ (Triton, for GPUs) may not change a result beyond round
 
 Shared by all of them: `operators` (the table), `registry` (definition), `autograd` (gradients),
 `backends` (which kernel serves a call), `wins` (where Triton's are faster), `reference` (the kernel
-that always does), `loader` (of the C++ kernels), `direct` (the short way to them), `checks`
+that always does), `loader` (of the C++ kernels), `calls` (the short way to who serves), `checks`
 (messages), `arguments`, `logits`, `namespaces`, `toolchain` (what Triton needs), and
 `torch_private` (names of torch that are not public). `gates` computes the weights of teachers.
 """
