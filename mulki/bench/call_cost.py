@@ -1,4 +1,4 @@
-"""Time, extra memory, and the rates of plain matrix products and of a copy.
+"""Time and extra memory of a call.
 
 Providers take turns, so that whatever else the machine does slows all of them alike, and the ratio
 of two is that of the same round. Everything that a call needs but that is not asked about (an
@@ -19,20 +19,19 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from mulki import functional
-from mulki.bench import clocks
 from mulki.bench.cases import Inputs
 from mulki.bench.losses import Loss
 
 _WARM_UP_ROUNDS = 1
 _LEAST_ROUNDS = 5
 
+_Given = TypeVar("_Given")
 _Found = TypeVar("_Found")
 
 
@@ -49,50 +48,68 @@ def no_garbage_collection() -> Iterator[None]:
             gc.enable()
 
 
-def timed(
-    mode: str, loss: Loss, inputs: Inputs, device: str, window: clocks.Window | None = None
-) -> float:
+def timed(mode: str, loss: Loss, inputs: Inputs, device: str) -> float:
     """Seconds of one call: forward without autograd, backward alone, or both.
 
-    Args:
-        window: of the device alone, see `clocks.seconds_of`.
+    On the CPU by the host's clock: a call finds the caches as the one before it left them. On a GPU
+    between two events: it finds an idle device, whose second-level cache holds none of its data.
     """
-    clock = clocks.clock_of(device)
     leaves = list(inputs.leaves.values())
 
-    def nothing() -> None:
-        return None
-
     def forward(_: object = None) -> Tensor:
-        return loss(*inputs.arguments)
+        return inputs.call(loss)
 
     def backward(output: Tensor) -> tuple[Tensor, ...]:
         return torch.autograd.grad(output, leaves, inputs.upstream)
 
     if mode == "forward":
         with torch.no_grad():
-            return clocks.seconds_of(clock, nothing, forward, window)
+            return _seconds(device, lambda: None, forward)
     if mode == "backward":
-        return clocks.seconds_of(clock, forward, backward, window)
-    return clocks.seconds_of(clock, nothing, lambda _: backward(forward()), window)
+        return _seconds(device, forward, backward)
+    return _seconds(device, lambda: None, lambda _: backward(forward()))
+
+
+def _seconds(device: str, prepare: Callable[[], _Given], call: Callable[[_Given], object]) -> float:
+    """Of a call, given what `prepare` returns off the clock."""
+    given = prepare()
+    if torch.device(device).type != "cuda":
+        if device != "cpu":
+            torch.accelerator.synchronize(device)
+        begin = time.perf_counter()
+        output = call(given)
+        if device != "cpu":
+            torch.accelerator.synchronize(device)
+        took = time.perf_counter() - begin
+        del output
+        return took
+    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    stream = torch.cuda.current_stream(device)
+    _flusher(device).zero_()
+    torch.cuda.synchronize(device)
+    start.record(stream)
+    output = call(given)
+    stop.record(stream)
+    stop.synchronize()
+    del output
+    return start.elapsed_time(stop) / 1e3
+
+
+@functools.cache
+def _flusher(device: str) -> Tensor:
+    """Memory of twice the second-level cache: to write it overwrites all that is there."""
+    cache: int = torch.cuda.get_device_properties(device).L2_cache_size
+    return torch.empty(max(2 * cache, 1 << 20), dtype=torch.int8, device=device)
 
 
 def outputs(mode: str, loss: Loss, inputs: Inputs) -> tuple[Tensor, ...]:
     """The loss, `mode` being "forward", or with it the gradients of the leaves."""
     with torch.set_grad_enabled(mode != "forward"):
-        output = loss(*inputs.arguments)
+        output = inputs.call(loss)
         if mode == "forward":
             return (output,)
         gradients = torch.autograd.grad(output, list(inputs.leaves.values()), inputs.upstream)
         return (output.detach(), *gradients)
-
-
-def timed_call(
-    call: Callable[[], object], device: str, window: clocks.Window | None = None
-) -> float:
-    """Seconds of a call that is complete in itself."""
-    clock = clocks.clock_of(device)
-    return clocks.seconds_of(clock, lambda: None, lambda _: call(), window)
 
 
 def take_turns(
@@ -231,55 +248,3 @@ def _profiled_memory(call: Callable[[], tuple[Tensor, ...]]) -> int:
 def _status(key: str) -> int:
     lines = Path("/proc/self/status").read_text().splitlines()
     return int(next(line for line in lines if line.startswith(key)).split()[1]) * 1024
-
-
-class ProductRates(NamedTuple):
-    """Operations per second of plain products in one dtype."""
-
-    torch_mm: float
-    similarity: float  # `mulki.functional.prototype_similarity` without autograd
-
-    @property
-    def best(self) -> float:
-        """The larger of the two."""
-        return max(self)
-
-
-def product_rate(dtype: torch.dtype, device: str) -> ProductRates:
-    """The best rate of `torch.mm` on squares of 512 and up, and that of mulki's product on 2048.
-
-    The squares double until one product takes a twentieth of a second.
-    """
-    torch_mm, took, size = 0.0, 0.0, 512
-    while took < 0.05 and size <= 16384:
-        took = _fastest(torch.mm, size, dtype, device)
-        torch_mm = max(torch_mm, 2 * size**3 / took)
-        size *= 2
-    size = 2048
-    took = _fastest(functional.prototype_similarity, size, dtype, device)
-    return ProductRates(torch_mm, 2 * size**3 / took)
-
-
-def _fastest(
-    product: Callable[[Tensor, Tensor], Tensor], size: int, dtype: torch.dtype, device: str
-) -> float:
-    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    runs = []
-    for _ in range(4):
-        start = clocks.now(device)
-        product(a, b)
-        runs.append(clocks.now(device) - start)
-    return min(runs)
-
-
-def copy_rate(device: str) -> float:
-    """Bytes per second, read and written, of a copy that no cache holds: the best of some."""
-    size = (1 << 28) if device == "cpu" else (1 << 30)
-    source = torch.zeros(size, dtype=torch.uint8, device=device)
-    copy = torch.empty_like(source)
-    runs = []
-    for _ in range(6):
-        start = clocks.now(device)
-        copy.copy_(source)
-        runs.append(clocks.now(device) - start)
-    return 2 * size / min(runs)

@@ -123,18 +123,11 @@ GPU_GRID: tuple[Shape, ...] = (
     (4096, 21841, 1024),
     (65536, 1000, 1280),
     (64, 10, 768),
-    (65536, 65536, 512),
 )
 PAIRED_GPU_GRID: tuple[Shape, ...] = tuple(
     (n, n, d)
-    for n, d in (
-        *((256, 512), (8192, 512), (512, 768), (32768, 512)),
-        *((4096, 1024), (16384, 1280), (64, 512), (65536, 512)),
-    )
+    for n, d in (*((256, 512), (8192, 512), (512, 768), (4096, 1024), (16384, 1280), (64, 512)),)
 )
-
-#: The most entries of a matrix that is asked for: the similarity and its upstream gradient.
-MATRIX_ENTRIES = 1 << 28
 
 #: Distance of a teacher's unit rows from the student's, before they are normalised again. Continual
 #: learning starts with a student that is its teacher, and there rounding hurts the gradient most.
@@ -223,18 +216,6 @@ class Case:
         """Floating point operations of the least number of products."""
         products = {"forward": self.teachers + 1, "backward": 2, "both": self.teachers + 3}[mode]
         return products * 2 * self.n * self.p * self.d
-
-    def least_bytes(self, mode: str) -> int:
-        """Bytes of the inputs, each read once, and of the outputs, each written once."""
-        size = DTYPES[self.dtype].itemsize
-        rows = (self.n + self.p) * self.d * size
-        read, output = rows * (1 + self.teachers), 4
-        if self.operator in ("dual_teacher_kl", "prototype_cross_entropy"):
-            read += 8 * self.n
-        if self.operator == "similarity":
-            output = self.n * self.p * size
-            read += 0 if mode == "forward" else output
-        return read + {"forward": output, "backward": rows, "both": output + rows}[mode]
 
     def inputs(self, given_in: torch.dtype | None = None) -> Inputs:
         """Draw the inputs on the device, the same ones at every call.
@@ -377,6 +358,4 @@ def own_grid(operator: str, device: str, quick: bool) -> tuple[Shape, ...]:
         return PAIRED_QUICK if paired else QUICK
     if torch.device(device).type == "cpu":
         return PAIRED_GRID if paired else GRID
-    if operator == "similarity":
-        return tuple(shape for shape in GPU_GRID if shape[0] * shape[1] <= MATRIX_ENTRIES)
     return PAIRED_GPU_GRID if paired else GPU_GRID

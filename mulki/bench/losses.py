@@ -96,17 +96,17 @@ def _teacher_kl(
     log_q, *log_p = (
         log_softmax(*model, temperature, class_mask) for model in ((x, w, scale), *teachers)
     )
-    factor = temperature**2 if scale_by_t2 else 1.0
     if weights is None and gate is None and reduction == "mean":
         kl = [F.kl_div(log_q, p, reduction="batchmean", log_target=True) for p in log_p]
-        return (kl[0] if len(kl) == 1 else torch.stack(kl).mean()) * factor
-    kl = [F.kl_div(log_q, p, reduction="none", log_target=True).sum(dim=1) for p in log_p]
+        loss = kl[0] if len(kl) == 1 else torch.stack(kl).mean()
+        return loss * temperature**2 if scale_by_t2 else loss
     if weights is None:
         if class_mask is not None:
             target = _renumbered(target, class_mask, -100)
         weights = _gated(gate, log_p, target, **of_gate)
-    rows = (weights * torch.stack(kl, dim=1)).sum(dim=1)
-    return _reduced(rows, reduction) * factor
+    kl = [F.kl_div(log_q, p, reduction="none", log_target=True).sum(dim=1) for p in log_p]
+    loss = _reduced((weights * torch.stack(kl, dim=1)).sum(dim=1), reduction)
+    return loss * temperature**2 if scale_by_t2 else loss
 
 
 def _gated(
@@ -144,24 +144,25 @@ def _pair_kl(
     target: Tensor,
     *,
     weights: Tensor | None = None,
+    scale_by_t2: bool = True,
     **options: Any,
 ) -> Tensor:
     if "gate" in options:
         target = torch.arange(x.shape[0], device=x.device)
     turned = [(v, u, s) for u, v, s in teachers]
+    options["scale_by_t2"] = False
     of_images, of_texts = (None, None) if weights is None else weights.unbind()
     images = _teacher_kl(x, w, scale, teachers, target, weights=of_images, **options)
     texts = _teacher_kl(w, x, scale, turned, target, weights=of_texts, **options)
-    return (images + texts) / 2
+    loss = (images + texts) / 2
+    return loss * options.get("temperature", TEMPERATURE) ** 2 if scale_by_t2 else loss
 
 
 def _contrastive(x: Tensor, w: Tensor, scale: Tensor, *, reduction: str = "mean") -> Tensor:
     labels = torch.arange(x.shape[0], device=x.device)
-    images, texts = (
-        F.cross_entropy(logits(a, b, scale), labels, reduction=reduction)
-        for a, b in ((x, w), (w, x))
-    )
-    return (images + texts) / 2
+    images, texts = logits(x, w, scale), logits(w, x, scale)
+    of_images = F.cross_entropy(images, labels, reduction=reduction)
+    return (of_images + F.cross_entropy(texts, labels, reduction=reduction)) / 2
 
 
 def _siglip(

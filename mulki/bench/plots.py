@@ -1,15 +1,12 @@
 """Figures from the lines of a CSV: what every provider reached over the shapes of an operator.
 
-For each operator and dtype: time, throughput, share of the bound, ratio to eager and to
-torch.compile, and memory. They are written as PNG and SVG, on one page, and their numbers as
-``points.csv``.
+For each operator and dtype: time, throughput, ratio to eager and to torch.compile, and memory. They
+are written as PNG and SVG, and on one page.
 """
 
 from __future__ import annotations
 
-import csv
 import importlib
-import io
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -31,7 +28,6 @@ if TYPE_CHECKING:
 NEEDED = ("matplotlib", "jinja2", "rich", "yaml")
 
 PAGE = "bench.html"
-POINTS = "points.csv"
 
 _TEMPLATE = """{% extends "base.html" %}
 {% block body %}
@@ -42,20 +38,11 @@ _TEMPLATE = """{% extends "base.html" %}
 <main><h2>Operators</h2>
 <p>Points are medians over rounds, bars go from the quantile 0.2 to 0.8.</p>
 <div class="tabs" aria-label="Operators">
-{%- for name, figures, rows in panels %}
+{%- for name, figures in panels %}
 <section class="panel"><h3>{{ name }}</h3>
 <div class="figures">
 {%- for figure in figures %}{% with heading = "h3" %}{% include "figure.html" %}{% endwith %}
-{%- endfor %}</div>
-<div class="scroll" tabindex="0" role="region" aria-label="{{ name }}">
-<table class="sortable compared"><thead><tr><th scope="col">shape</th><th scope="col">provider</th>
-{%- for title in columns %}<th scope="col" class="number">{{ title }}</th>{% endfor %}</tr></thead>
-<tbody>
-{%- for shape, provider, cells in rows %}
-<tr><th scope="row">{{ shape }}</th><td>{{ provider }}</td>
-{%- for cell in cells %}<td class="number">{{ cell }}</td>{% endfor %}</tr>
-{%- endfor %}
-</tbody></table></div></section>
+{%- endfor %}</div></section>
 {%- endfor %}
 </div></main>
 {% endblock %}
@@ -68,9 +55,24 @@ class _Metric:
     title: str
     unit: str
     text: str
-    factor: float = 1.0
     line: float | None = None  # that is drawn across
-    linear: bool = False
+
+
+_METRICS = (
+    _Metric("speed", "Time", "ms", "Milliseconds of a call; less is better."),
+    _Metric("throughput", "Throughput", "GFLOP/s", "By the least number of operations."),
+    *(
+        _Metric(
+            f"speedup_over_{name}",
+            f"Ratio to {name}",
+            "times",
+            f"How many times as fast as {who}, round by round.",
+            line=1.0,
+        )
+        for name, who in (("eager", "eager PyTorch"), ("compile", "torch.compile"))
+    ),
+    _Metric("memory", "Memory", "MiB", "Peak beyond inputs and outputs; less is better."),
+)
 
 
 Providers = Mapping[str, Mapping[str, Row]]  # rows by metric, by provider
@@ -104,31 +106,23 @@ def plot(rows: Sequence[Row], folder: str, mode: str = "both") -> list[Path]:
     groups: dict[tuple[str, str], dict[str, Providers]] = {}
     for (operator, shape, dtype, _), providers in by_point(of).items():
         groups.setdefault((operator, dtype), {})[shape] = providers
-    metrics = _metrics(on_gpu=bool(timed[-1]["gpu_name"]))
     names = list(dict.fromkeys(row["kernel_provider"] for row in of))
-    figures = {
-        key: list(_figures(key, mode, points, names, metrics)) for key, points in groups.items()
-    }
+    figures = {key: list(_figures(key, mode, points, names)) for key, points in groups.items()}
     page = render(
         _TEMPLATE,
         title=f"mulki bench, {mode if mode != 'both' else 'forward and backward'}",
         setting=setting_line(timed[-1]),
         left_out=len(timed) - len(of),
-        columns=[f"{metric.title}, {metric.unit}" for metric in metrics],
-        panels=[
-            (f"{operator}, {dtype}", figures[operator, dtype], list(_cells(points, metrics, 3)))
-            for (operator, dtype), points in groups.items()
-        ],
+        panels=[(f"{operator}, {dtype}", of) for (operator, dtype), of in figures.items()],
     )
     where = Path(folder)
     try:
         where.mkdir(parents=True, exist_ok=True)
         write_atomic(where / PAGE, page)
-        write_atomic(where / POINTS, _csv(groups, mode, metrics))
         drawn = [path for of_group in figures.values() for f in of_group for path in f.write(where)]
     except OSError as error:
         raise InputError(f"{folder}: {error.strerror}; name a folder that can be written") from None
-    return [where / PAGE, where / POINTS, *drawn]
+    return [where / PAGE, *drawn]
 
 
 def _check_packages() -> None:
@@ -141,43 +135,16 @@ def _check_packages() -> None:
             ) from None
 
 
-def _metrics(on_gpu: bool) -> tuple[_Metric, ...]:
-    unit, factor = ("TFLOP/s", 1e-3) if on_gpu else ("GFLOP/s", 1.0)
-    return (
-        _Metric("speed", "Time", "ms", "Milliseconds of a call; less is better."),
-        _Metric("throughput", "Throughput", unit, "By the least number of operations.", factor),
-        _Metric(
-            "share_of_best_product",
-            "Share of the bound",
-            "%",
-            "Throughput in percent of the best rate of a plain matrix product.",
-            100.0,
-            100.0,
-            linear=True,
-        ),
-        _Metric(
-            "speedup_over_eager", "Ratio to eager", "times",
-            "How many times as fast as eager PyTorch, round by round.", line=1.0,
-        ),
-        _Metric(
-            "speedup_over_compile", "Ratio to compile", "times",
-            "How many times as fast as torch.compile, round by round.", line=1.0,
-        ),
-        _Metric("memory", "Memory", "MiB", "Peak beyond inputs and outputs; less is better."),
-    )  # fmt: skip
-
-
 def _figures(
     key: tuple[str, str],
     mode: str,
     points: Mapping[str, Providers],
     names: Sequence[str],
-    metrics: Sequence[_Metric],
 ) -> Iterator[Plot]:
     from mulki.report.plot import Plot
 
     operator, dtype = key
-    for metric in metrics:
+    for metric in _METRICS:
         if any(metric.name in of for each in points.values() for of in each.values()):
             yield Plot(
                 re.sub(r"[^a-z0-9_]+", "_", f"{operator}_{dtype}_{mode}_{metric.name}".lower()),
@@ -198,7 +165,7 @@ def _draw(
     drawn = 0
     for number, name in enumerate(names):
         found = {
-            place: _values(points[shape][name][metric.name], metric.factor)
+            place: _values(points[shape][name][metric.name])
             for place, shape in enumerate(shapes)
             if metric.name in points[shape].get(name, {})
         }
@@ -213,9 +180,7 @@ def _draw(
             capsize=2, label=name,
         )  # fmt: skip
         drawn += 1
-    if metric.linear:
-        axes.set_ylim(bottom=0)
-    elif metric.name == "memory":
+    if metric.name == "memory":
         # Memory may be none at all, which a logarithm does not show.
         axes.set_yscale("symlog", linthresh=1.0)
         axes.set_ylim(bottom=0)
@@ -234,30 +199,6 @@ def _work(shape: str) -> int:
     return n * p * d
 
 
-def _values(row: Row, factor: float) -> tuple[float, float, float]:
-    middle, low, high = (factor * float(row[f"y_value_{q}"]) for q in ("50", "20", "80"))
+def _values(row: Row) -> tuple[float, float, float]:
+    middle, low, high = (float(row[f"y_value_{q}"]) for q in ("50", "20", "80"))
     return middle, low, high
-
-
-def _cells(
-    points: Mapping[str, Providers], metrics: Sequence[_Metric], digits: int
-) -> Iterator[tuple[str, str, list[str]]]:
-    # Of each shape and provider the medians; empty where there is none.
-    for shape, providers in points.items():
-        for name, of in providers.items():
-            numbers = {m: _values(of[m.name], m.factor)[0] for m in metrics if m.name in of}
-            cells = [f"{numbers[m]:.{digits}g}" if m in numbers else "" for m in metrics]
-            yield shape, name, cells
-
-
-def _csv(
-    groups: Mapping[tuple[str, str], Mapping[str, Providers]], mode: str, metrics: Sequence[_Metric]
-) -> str:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    head = [f"{metric.name} ({metric.unit})" for metric in metrics]
-    writer.writerow(["operator", "N", "P", "D", "dtype", "mode", "provider", *head])
-    for (operator, dtype), points in groups.items():
-        for shape, name, cells in _cells(points, metrics, 6):
-            writer.writerow([operator, *shape.split(" x "), dtype, mode, name, *cells])
-    return text.getvalue()

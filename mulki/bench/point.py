@@ -2,29 +2,28 @@
 
 from __future__ import annotations
 
-import functools
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import NamedTuple
 
 import torch
 
-from mulki.bench import call_cost, clocks
-from mulki.bench.calls import Calls, calls_of
+from mulki.bench import call_cost
 from mulki.bench.cases import Case, Inputs
+from mulki.bench.losses import Loss
+from mulki.bench.outcomes import outcome
 from mulki.bench.providers import PROVIDERS
 from mulki.bench.report import REFERENCES, Quantiles, Result, Status
 from mulki.bench.verify import Verifier, worst_gradient
 from mulki.errors import says_no_memory
 
 
-@dataclass(frozen=True)
-class _Checked:
+class _Checked(NamedTuple):
     """What became of a provider when it was verified at a case."""
 
     status: Status
     notes: tuple[str, ...] = ()
-    calls: Calls | None = None  # if it is right
+    call: tuple[Loss, Inputs] | None = None  # if it is right
     error: float | None = None  # of its worst gradient, if it has gradients
 
 
@@ -46,34 +45,24 @@ def measure_case(
     results = []
     with call_cost.no_garbage_collection():
         for mode in modes:
-            right = {
-                name: found.calls
+            turns = {
+                name: partial(_seconds, case, name, mode, *found.call)
                 for name, found in checked.items()
-                if found.calls is not None and mode in found.calls.modes
+                if found.call is not None
             }
-            times = _times(right, mode, seconds, ahead=False)
-            alone: dict[str, list[float]] = {}
-            if clocks.has_events(case.device):
-                alone = _times(right, mode, seconds / 2, ahead=True)
+            times = call_cost.take_turns(turns, seconds)
             for name, found in checked.items():
-                if name not in right:
-                    status = "not applicable" if found.calls is not None else found.status
-                    notes = found.notes or (f"has no {mode} pass of its own",)
-                    results.append(Result(case, name, mode, status, notes))
+                if found.call is None:
+                    results.append(Result(case, name, mode, found.status, found.notes))
                     continue
                 metrics = _metrics(case, name, mode, times)
-                notes = _notes(case, name, mode)
-                device = [1e3 * t for t in alone.get(name, ()) if not math.isnan(t)]
-                if device:
-                    metrics["device_time"] = Quantiles.of(device)
-                elif name in alone:
-                    notes += ("waits for the device, which cannot be timed alone",)
-                if mode != "backward":
-                    memory = right[name].memory(mode)
+                if mode != "backward" and not PROVIDERS[name].products:
+                    context: Callable = partial(PROVIDERS[name].context, case)
+                    memory = call_cost.extra_memory(mode, *found.call, case.device, context)
                     metrics |= {key: Quantiles.same(size / 2**20) for key, size in memory.items()}
                 if found.error is not None:
                     metrics["gradient_error"] = Quantiles.same(found.error)
-                rounds = len(times[name])
+                notes, rounds = _notes(case, name, mode), len(times[name])
                 results.append(Result(case, name, mode, "timed", notes, rounds, metrics))
     return results
 
@@ -84,8 +73,11 @@ def _check(case: Case, name: str, inputs: Inputs, verifier: Verifier) -> _Checke
     if reason is not None:
         return _Checked("not applicable", (reason,))
     try:
-        calls = calls_of(provider, case, inputs)
-        errors = verifier.errors(calls.outcome())
+        call = provider.make(case), inputs.without(provider.without)
+        if provider.products:
+            return _Checked("timed", call=call)
+        with provider.context(case):
+            errors = verifier.errors(outcome(*call))
     # A provider may be anybody's code: whatever it raises is its result at this case.
     except Exception as error:
         if not says_no_memory(error):
@@ -95,23 +87,17 @@ def _check(case: Case, name: str, inputs: Inputs, verifier: Verifier) -> _Checke
         problems = verifier.problems(errors, provider.strict)
         if problems:
             return _Checked("failed", tuple(problems))
-        return _Checked("timed", calls=calls, error=worst_gradient(errors))
-    # Only now, since the exception held on to what the call had allocated.
-    free_memory(case.device)
+        return _Checked("timed", call=call, error=worst_gradient(errors))
+    # Only now, since the exception held on to what the call had allocated: what the allocator
+    # keeps is given back, for another provider's pool to take.
+    if case.device != "cpu":
+        torch.accelerator.empty_cache()
     return found
 
 
-def free_memory(device: str) -> None:
-    """Give back what the allocator keeps, for another provider's pool to take."""
-    if device != "cpu":
-        torch.accelerator.empty_cache()
-
-
-def _times(
-    calls: dict[str, Calls], mode: str, seconds: float, ahead: bool
-) -> dict[str, list[float]]:
-    turns = {name: functools.partial(of.seconds, mode, ahead) for name, of in calls.items()}
-    return call_cost.take_turns(turns, seconds)
+def _seconds(case: Case, name: str, mode: str, loss: Loss, inputs: Inputs) -> float:
+    with PROVIDERS[name].context(case):
+        return call_cost.timed(mode, loss, inputs, case.device)
 
 
 def _metrics(

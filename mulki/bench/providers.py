@@ -1,8 +1,7 @@
 """Who computes a case: plain PyTorch, `torch.compile`, PyTorch's own fused loss, and mulki.
 
 Another provider is one more entry of `PROVIDERS`; benchmarks/ops adds losses of other packages.
-All are called with the arguments of `Inputs`. Those that are `graphed` replay a whole call,
-gradients and all, as a CUDA graph.
+All are called with the arguments of `Inputs`.
 """
 
 from __future__ import annotations
@@ -11,19 +10,16 @@ import functools
 import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
-from mulki.bench import peers
-from mulki.bench.cases import DTYPES, Case
+from mulki.bench.cases import DTYPES, OPERATORS, Case
 from mulki.bench.losses import EAGER, MULKI, Loss
 from mulki.ops.backends import choose, read_environment
-
-#: The most logits of a call that is captured: beyond, its memory would be missed elsewhere, and
-#: launches take no share of its time.
-GRAPH_LOGITS = 1 << 26
 
 
 @dataclass(frozen=True)
@@ -41,7 +37,6 @@ class Provider:
     # Gradients of a loss are formed in the forward pass of training, so that the time of the
     # backward pass alone says nothing.
     early_gradients: bool = False
-    graphed: bool = False
     products: bool = False  # is no loss, but the matrix products that one takes at the least
     without: tuple[str, ...] = ()  # leaves that it has no gradient to
     peer: bool = False  # what it gets wrong is shown, and is no failure of ours
@@ -60,21 +55,55 @@ def _autocast_note(case: Case) -> str:
     return "" if case.dtype == "float32" else "under autocast"
 
 
-def _no_graphs(device: str) -> str | None:
-    return None if torch.device(device).type == "cuda" else "wants a CUDA GPU"
-
-
-def _graph_refusal(case: Case) -> str | None:
-    if case.n * case.p <= GRAPH_LOGITS:
-        return None
-    return f"captures calls of at most {GRAPH_LOGITS} logits"
-
-
-@functools.lru_cache(maxsize=1)  # a reset would also forget what the graph's rival has compiled
+@functools.lru_cache(maxsize=1)
 def _compiled(case: Case) -> Loss:
     # Without a reset a second shape would be compiled for any shape, which is slower.
     torch.compiler.reset()
     return torch.compile(EAGER[case.operator], fullgraph=True, dynamic=False)
+
+
+def _products(case: Case) -> Loss:
+    """The least number of products, by torch.mm: K + 1 forward, 2 backward, all of one matrix."""
+    made: dict[str, Tensor] = {}
+
+    class Products(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor, w: Tensor, *models: Tensor) -> Tensor:
+            if not made:
+                made.update(z=x.new_zeros(case.n, case.p))
+                made.update(dx=torch.empty_like(x), dw=torch.empty_like(w))
+            ctx.save_for_backward(x, w)
+            for u, v in zip((x, *models[::2]), (w, *models[1::2]), strict=True):
+                torch.mm(u, v.T, out=made["z"])
+            return x.new_zeros(())
+
+        @staticmethod
+        def backward(ctx: Any, *_: Any) -> Any:
+            x, w = ctx.saved_tensors
+            torch.mm(made["z"], w, out=made["dx"])
+            torch.mm(made["z"].T, x, out=made["dw"])
+            return made["dx"], made["dw"], *(None,) * (2 * case.teachers)
+
+    def call(x: Tensor, w: Tensor, scale: Tensor, *rest: Any) -> Tensor:
+        models = [t for u, v, _ in (rest[0] if case.teachers else ()) for t in (u, v)]
+        found: Tensor = Products.apply(x, w, *models)
+        return found
+
+    return call
+
+
+def _torch_lce(case: Case) -> Loss:
+    # Its options as they are by default: chunks of logits, gradients in the forward pass.
+    options = torch.nn.LinearCrossEntropyOptions()
+    return lambda x, w, scale, target: F.linear_cross_entropy(scale * x, w, target, options=options)
+
+
+def _torch_lce_refusal(case: Case) -> str | None:
+    if case.operator != "prototype_cross_entropy":
+        return "has cross-entropy to labels alone"
+    if not hasattr(torch.nn, "LinearCrossEntropyOptions"):
+        return f"torch {torch.__version__} has no chunks in linear_cross_entropy"
+    return None
 
 
 @contextmanager
@@ -94,71 +123,47 @@ def setting(**variables: str) -> Iterator[None]:
 
 
 def _served(case: Case) -> str:
-    several = case.teachers and case.operator != "pair_kl"
-    op = "teacher_kl" if several else case.operator
+    op = OPERATORS[case.operator].name
     kind = torch.device(case.device).type
     served = choose(op, kind, DTYPES[case.dtype])
     backend = served.backend if case.n * case.p >= served.least else "chunked"
     return f"served by {backend}" + (f" ({served.reasons})" if served.rejected else "")
 
 
-def _eager(case: Case) -> Loss:
-    return EAGER[case.operator]
-
-
-def _set_to(name: str, **variables: str) -> Provider:
+def _ours(name: str, note: Callable[[Case], str] = lambda case: "", **variables: str) -> Provider:
     return Provider(
         name,
         lambda case: MULKI[case.operator],
         context=lambda case: setting(**variables),
+        note=note,
         early_gradients=True,
         strict=True,
     )
 
 
-def _as_graph(provider: Provider) -> Provider:
-    return replace(provider, absence=_no_graphs, refusal=_graph_refusal, graphed=True)
-
-
 PROVIDERS: dict[str, Provider] = {
     provider.name: provider
     for provider in (
-        Provider("eager", _eager, context=autocast, note=_autocast_note),
+        Provider("eager", lambda case: EAGER[case.operator], context=autocast, note=_autocast_note),
         Provider("compile", _compiled, context=autocast, note=_autocast_note),
-        _as_graph(Provider("graph", _eager, context=autocast, note=_autocast_note)),
-        _as_graph(Provider("compile-graph", _compiled, context=autocast, note=_autocast_note)),
         Provider(
             "products",
-            lambda case: EAGER["similarity"],
+            _products,
+            refusal=lambda case: "is one itself" if case.operator == "similarity" else None,
             note=lambda case: f"{case.teachers + 3} products of torch.mm, forward and backward",
             products=True,
+            without=("scale", "bias"),
         ),
         Provider(
             "torch_lce",
-            peers.torch_lce,
-            context=lambda case: autocast(case) if case.teachers else nullcontext(),
-            refusal=peers.torch_lce_refusal,
-            peer=True,
-        ),
-        Provider(
-            "torch_lce-chunks",
-            peers.torch_lce_chunks,
-            refusal=peers.torch_lce_chunks_refusal,
+            _torch_lce,
+            refusal=_torch_lce_refusal,
             early_gradients=True,
             peer=True,
         ),
-        Provider(
-            "mulki",
-            lambda case: MULKI[case.operator],
-            note=_served,
-            early_gradients=True,
-            strict=True,
-        ),
-        _as_graph(
-            Provider("mulki-graph", lambda case: MULKI[case.operator], note=_served, strict=True)
-        ),
-        _set_to("mulki-chunked", MULKI_BACKEND="chunked"),
-        _set_to("mulki-chunked-compiled", MULKI_BACKEND="chunked", MULKI_COMPILE="1"),
-        _set_to("mulki-reference", MULKI_BACKEND="reference"),
+        _ours("mulki", note=_served),
+        _ours("mulki-chunked", MULKI_BACKEND="chunked"),
+        _ours("mulki-chunked-compiled", MULKI_BACKEND="chunked", MULKI_COMPILE="1"),
+        _ours("mulki-reference", MULKI_BACKEND="reference"),
     )
 }

@@ -4,27 +4,20 @@ The CSV has a line per metric in the columns of Liger-Kernel's benchmark data (i
 is `mulki_version` here), and further columns for the machine. Times are those of the median and of
 the quantiles 0.2 and 0.8; a metric that has one value alone repeats it.
 
-==============================  ===========  ======================================================
-``speed``                       ms           of one call
-``speedup_over_eager``          times        eager's time over this one, round by round
-``speedup_over_compile``        times        the same with torch.compile
-``speedup_over_graph``          times        the same with eager as a CUDA graph
-``speedup_over_compile-graph``  times        the same with torch.compile as a CUDA graph
-``speedup_over_products``       times        the same with the least products alone
-``throughput``                  GFLOP/s      least operations over time
-``memory``                      MiB          allocated at the peak, beyond inputs and outputs
-``resident_memory``             MiB          growth of the process, beyond outputs (Linux)
-``gradient_error``              relative L2  worst gradient against float64
-``share_of_torch_mm``           1            throughput over the best rate of torch.mm
-``share_of_best_product``       1            over that or mulki's rate of a product, the larger one
-``share_of_copy``               1            least bytes over time, over the rate of a copy
-``device_time``                 ms           of one call on a GPU that never waits for the host
-``largest_n``                   samples      the largest N found whose call fits the memory
-==============================  ===========  ======================================================
+=========================  ===========  ===========================================================
+``speed``                  ms           of one call
+``speedup_over_eager``     times        eager's time over this one, round by round
+``speedup_over_compile``   times        the same with torch.compile
+``speedup_over_products``  times        the same with the least products alone
+``throughput``             GFLOP/s      least operations over time
+``memory``                 MiB          allocated at the peak, beyond inputs and outputs
+``resident_memory``        MiB          growth of the process, beyond outputs (Linux)
+``gradient_error``         relative L2  worst gradient against float64
+=========================  ===========  ===========================================================
 
 ``speed`` on a GPU is from an idle device to the end of the call, launches included. A provider
 that forms its gradients in the forward pass has neither ratios nor throughput for the backward pass
-alone, in which it only scales them.
+alone, in which it only scales them. Files of older versions have further metrics.
 """
 
 from __future__ import annotations
@@ -39,13 +32,13 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from mulki.bench.cases import MODES, PAIRED, Case
+from mulki.bench.cases import MODES, Case
 from mulki.bench.machine import setting_line
 from mulki.errors import InputError
 from mulki.files import append_lines
 
 Row = dict[str, str]
-Status = Literal["timed", "searched", "failed", "out of memory", "not applicable"]
+Status = Literal["timed", "failed", "out of memory", "not applicable"]
 
 MEASURES = (
     "kernel_name",
@@ -77,7 +70,7 @@ COLUMNS = (*MEASURES, *MACHINE, "status", "note")
 #: What tells two runs apart whose numbers must not stand in one table.
 _SETTING = tuple(name for name in MACHINE if name != "timestamp")
 
-REFERENCES = ("eager", "compile", "graph", "compile-graph", "products")
+REFERENCES = ("eager", "compile", "products")
 _UNITS = {
     "speed": "ms",
     **{f"speedup_over_{name}": "times" for name in REFERENCES},
@@ -85,11 +78,6 @@ _UNITS = {
     "memory": "MiB",
     "resident_memory": "MiB",
     "gradient_error": "relative L2",
-    "share_of_torch_mm": "1",
-    "share_of_best_product": "1",
-    "share_of_copy": "1",
-    "device_time": "ms",
-    "largest_n": "samples",
 }
 
 
@@ -113,7 +101,7 @@ class Quantiles(NamedTuple):
 
 @dataclass(frozen=True)
 class Result:
-    """One provider at one case in one mode; `metric` names what is missing without metrics."""
+    """One provider at one case in one mode."""
 
     case: Case
     provider: str
@@ -122,7 +110,6 @@ class Result:
     notes: tuple[str, ...] = ()
     rounds: int = 0
     metrics: dict[str, Quantiles] = field(default_factory=dict)
-    metric: str = "speed"
 
 
 def rows_of(result: Result, machine: Mapping[str, str]) -> Iterator[Row]:
@@ -136,7 +123,6 @@ def rows_of(result: Result, machine: Mapping[str, str]) -> Iterator[Row]:
         "teachers": case.teachers,
         "rounds": result.rounds,
         "least_operations": case.operations(result.mode),
-        "least_bytes": case.least_bytes(result.mode),
     }
     shared = {
         "kernel_name": case.operator,
@@ -150,7 +136,7 @@ def rows_of(result: Result, machine: Mapping[str, str]) -> Iterator[Row]:
         "note": "; ".join(result.notes),
         **machine,
     }
-    metrics: Mapping[str, Quantiles | None] = result.metrics or {result.metric: None}
+    metrics: Mapping[str, Quantiles | None] = result.metrics or {"speed": None}
     for name, values in metrics.items():
         numbers = [f"{value:.6g}" for value in values or ()] or ["", "", ""]
         keys = ("y_value_50", "y_value_20", "y_value_80")
@@ -219,9 +205,8 @@ def read_rows(path: str) -> list[Row]:
 LEGEND = (
     "\N{PLUS-MINUS SIGN}: half of what lies between the quantiles 0.2 and 0.8, of the median; "
     "eager and the like: their time over this one's, median over rounds; products: time of the "
-    "least matrix products alone, over this one's; mm, copy: share of the rates of torch.mm and of "
-    "a copy; MiB: peak beyond inputs and outputs; error: worst gradient, relative L2 against "
-    "float64; device: ms of the device alone"
+    "least matrix products alone, over this one's; MiB: peak beyond inputs and outputs; error: "
+    "worst gradient, relative L2 against float64"
 )
 
 #: What a line of the terminal holds.
@@ -229,12 +214,10 @@ WIDTH = 80
 
 
 def terminal_table(results: Sequence[Result]) -> list[str]:
-    """The timed results of one case, in lines of at most 80 characters.
-
-    Columns that would be empty are left out. Those that do not fit follow in a table of their own.
+    """The timed results of one case, in lines of at most 80 characters; columns that would be
+    empty are left out.
     """
-    head = ("ms", "\N{PLUS-MINUS SIGN}", *REFERENCES)
-    lines = [["", *head, "GFLOP/s", "mm", "copy", "MiB", "error", "device"]]
+    lines = [["", "ms", "\N{PLUS-MINUS SIGN}", *REFERENCES, "GFLOP/s", "MiB", "error"]]
     last = ""
     for r in results:
         if r.status != "timed":
@@ -250,26 +233,13 @@ def terminal_table(results: Sequence[Result]) -> list[str]:
             f"{spread:.0%}",
             *(_shown(r.metrics, f"speedup_over_{name}", ".2f") for name in REFERENCES),
             _shown(r.metrics, "throughput", ".0f"),
-            _shown(r.metrics, "share_of_torch_mm", ".0%"),
-            _shown(r.metrics, "share_of_copy", ".0%"),
             _shown(r.metrics, "memory", ".1f"),
             _shown(r.metrics, "gradient_error", ".0e"),
-            _shown(r.metrics, "device_time", ".3g"),
         ]
         lines.append(cells)
     columns = [c for c in zip(*lines, strict=True) if any(cell not in ("-", "") for cell in c[1:])]
-    if not columns:
-        return []
-    first, *others = [_aligned(column, left=not i) for i, column in enumerate(columns)]
-    blocks: list[list[list[str]]] = []
-    room = 0
-    for column in others:
-        room -= 2 + len(column[0])
-        if room < 0:
-            blocks.append([first])
-            room = WIDTH - len(first[0]) - 2 - len(column[0])
-        blocks[-1].append(column)
-    return ["  ".join(cells).rstrip() for block in blocks for cells in zip(*block, strict=True)]
+    aligned = [_aligned(column, left=not i) for i, column in enumerate(columns)]
+    return ["  ".join(cells).rstrip() for cells in zip(*aligned, strict=True)]
 
 
 def summary(results: Sequence[Result]) -> list[str]:
@@ -299,7 +269,7 @@ def remarks(results: Sequence[Result]) -> list[str]:
     """What is to be said of providers besides numbers, a line for each remark."""
     of: dict[str, dict[str, None]] = {}
     for r in results:
-        status = "" if r.status in ("timed", "searched") else f"{r.status}: "
+        status = "" if r.status == "timed" else f"{r.status}: "
         for note in r.notes:
             of.setdefault(status + note, {})[r.provider] = None
     return [f"{', '.join(providers)}: {words}" for words, providers in of.items()]
@@ -321,15 +291,10 @@ def markdown(rows: Sequence[Row]) -> str:
     """
     parts = []
     for setting in dict.fromkeys(map(setting_of, rows)):
-        of = [row for row in rows if setting_of(row) == setting]
-        timed = [row for row in of if row["metric_name"] != "largest_n"]
-        table = list(_table(timed)) if timed else []
+        table = list(_table([row for row in rows if setting_of(row) == setting]))
         parts += [setting_line(dict(zip(_SETTING, setting, strict=True))), "", *table, ""]
         if any("* |" in line for line in table):
             parts += ["\\* gradients were formed in the forward pass; compare `both`", ""]
-        searched = [row for row in of if row["metric_name"] == "largest_n"]
-        if searched:
-            parts += ["Largest N found to fit, forward and backward:", "", *_largest(searched), ""]
     return "\n".join(parts)
 
 
@@ -360,16 +325,7 @@ def _table(rows: Sequence[Row]) -> Iterator[str]:
     points = by_point(rows)
     providers = list(dict.fromkeys(row["kernel_provider"] for row in rows))
     header = ["operator", "N x P x D", "dtype", "mode", *(f"{p}, ms" for p in providers)]
-    references = [
-        name
-        for name in REFERENCES
-        if name in ("eager", "compile")
-        or any(row["metric_name"] == f"speedup_over_{name}" for row in rows)
-    ]
-    about = (
-        *(f"over {name}" for name in references),
-        *("of best product", "extra MiB", "eager's extra MiB"),
-    )
+    about = (*(f"over {name}" for name in REFERENCES), "extra MiB", "eager's extra MiB")
     yield _line([*header, *about])
     yield _line(["---"] * 4 + ["---:"] * (len(providers) + len(about)))
     for words, of in points.items():
@@ -378,26 +334,10 @@ def _table(rows: Sequence[Row]) -> Iterator[str]:
             [
                 *words,
                 *(_cell(of.get(p, {}), "speed", _digits) + _star(of.get(p, {})) for p in providers),
-                *(_cell(mulki, f"speedup_over_{r}", "{:.2f}x".format) for r in references),
-                _cell(mulki, "share_of_best_product", "{:.0%}".format),
+                *(_cell(mulki, f"speedup_over_{r}", "{:.2f}x".format) for r in REFERENCES),
                 *(_cell(of.get(p, {}), "memory", "{:.1f}".format) for p in ("mulki", "eager")),
             ]
         )
-
-
-def _largest(rows: Sequence[Row]) -> Iterator[str]:
-    points: dict[tuple[str, ...], dict[str, str]] = {}
-    for row in rows:
-        config = json.loads(row["extra_benchmark_config_str"])
-        p = "N" if row["kernel_name"] in PAIRED else config["P"]
-        point = (row["kernel_name"], f"N x {p} x {config['D']}", config["dtype"])
-        found = row["x_value"] if row["y_value_50"] else row["status"]
-        points.setdefault(point, {})[row["kernel_provider"]] = found
-    providers = list(dict.fromkeys(row["kernel_provider"] for row in rows))
-    yield _line(["operator", "N x P x D", "dtype", *providers])
-    yield _line(["---"] * 3 + ["---:"] * len(providers))
-    for words, of in points.items():
-        yield _line([*words, *(of.get(name, "-") for name in providers)])
 
 
 def _cell(metrics: Mapping[str, Row], name: str, form: Callable[[float], str]) -> str:

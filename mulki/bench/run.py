@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import textwrap
+import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
-from mulki.bench import call_cost, clocks, largest, report
+from mulki.bench import report
 from mulki.bench.cases import DTYPES, MODES, OPERATORS, PAIRED, Case, make_cases, parse_shape
 from mulki.bench.machine import describe_machine, setting_line
-from mulki.bench.pace import Pace, in_words
 from mulki.bench.point import measure_case
 from mulki.bench.providers import PROVIDERS
-from mulki.bench.report import CsvFile, Quantiles, Result
+from mulki.bench.report import CsvFile, Result
 from mulki.choices.options import check_options, option
 from mulki.errors import InputError, counted, nearest, says_no_memory
 
@@ -55,8 +55,6 @@ class BenchOptions:
         "seconds for all; points that do not fit are left out, the last shapes first (0: no limit)",
         low=0,
     )
-    largest: bool = option(False, "search the largest N that fits, and time nothing (GPU)")
-    limit: int = option(0, "of --largest: try no N beyond (0: 1048576, of pairs 262144)", low=0)
     output: str | None = option(None, "a CSV file to write; one that exists grows")
 
 
@@ -84,13 +82,13 @@ def run(options: BenchOptions, say: Say = print_wrapped) -> int:
     """
     if options.quick and not options.budget:
         options = replace(options, budget=QUICK_BUDGET)
-    pace: Pace[Case] = Pace(options.budget)
+    begin = time.perf_counter()
     cases, options, absent = _plan(options)
     output = CsvFile(options.output) if options.output else None
     before = torch.get_num_threads()
     torch.set_num_threads(options.threads or before)
     try:
-        return _run(cases, options, absent, output, pace, say)
+        return _run(cases, options, absent, output, begin, say)
     finally:
         torch.set_num_threads(before)
 
@@ -109,10 +107,6 @@ def _plan(options: BenchOptions) -> tuple[list[Case], BenchOptions, dict[str, st
         providers=_names("providers", providers, PROVIDERS),
         device=_device(options.device),
     )
-    if options.largest and options.device == "cpu" and not options.limit:
-        raise InputError(
-            "--largest: given with --device cpu, wanted a GPU, whose memory ends; or give --limit"
-        )
     reasons = {name: PROVIDERS[name].absence(options.device) for name in options.providers}
     absent = {name: reason for name, reason in reasons.items() if reason is not None}
     here = tuple(name for name in options.providers if name not in absent)
@@ -120,24 +114,11 @@ def _plan(options: BenchOptions) -> tuple[list[Case], BenchOptions, dict[str, st
         listed = "; ".join(f"{name} {reason}" for name, reason in absent.items())
         raise InputError(f"--providers: none of them can be timed on {options.device}: {listed}")
     options = replace(options, providers=here)
-    defaults = BenchOptions()
-    for name in ("shapes", "modes", "seconds", "quick") if options.largest else ():
-        if getattr(options, name) != getattr(defaults, name):
-            raise InputError(
-                f"--{name}: given with --largest, which searches N forward and backward; leave one "
-                "of the two out"
-            )
-    if options.limit and not options.largest:
-        raise InputError("--limit: given without --largest, which is all that it ends")
-    if 0 < options.limit < largest.START:
-        raise InputError(f"--limit: got {options.limit}, wanted {largest.START} or more")
     shapes = None
     if options.shapes != ("all",):
         if options.quick:
             raise InputError("--quick: given beside --shapes; leave one of the two out")
         shapes = [parse_shape(text) for text in dict.fromkeys(options.shapes)]
-    if options.largest:
-        return largest.cases(options.ops, options.dtypes, options.device), options, absent
     cases = make_cases(
         options.ops,
         shapes,
@@ -193,88 +174,73 @@ def _run(
     options: BenchOptions,
     absent: dict[str, str],
     output: CsvFile | None,
-    pace: Pace[Case],
+    begin: float,
     say: Say,
 ) -> int:
     machine = describe_machine(options.device)
     say(setting_line(machine))
     for reason in dict.fromkeys(absent.values()):
         say(f"left out: {', '.join(n for n in absent if absent[n] == reason)}: {reason}")
-    measured = _searched(options) if options.largest else _timed(cases, options, say)
+    say(report.LEGEND)
+    _say_what_is_no_pair(cases, options, say)
     results: list[Result] = []
-    for number, case in enumerate(pace.take(cases)):
-        left = len(cases) - number
-        takes = in_words(pace.left(left, options.seconds * _timings(options)))
+    first = time.perf_counter()
+    each = options.seconds * _timings(options)  # of a case, until one is done
+    for number, case in enumerate(cases):
+        left, now = len(cases) - number, time.perf_counter()
+        if number:
+            each = (now - first) / number
+        if options.budget and number and now + each > begin + options.budget:
+            points = "; ".join(f"{c.operator} {c.shape} {c.dtype}" for c in cases[number:])
+            said = f"{counted(left, 'point')}, beyond --budget {options.budget:g}: {points}"
+            break
+        takes = left * each
+        if options.budget:
+            takes = min(takes, max(begin + options.budget - now, 0.0))
         say(
             f"\n{case.operator}, {case.shape}, {case.dtype} "
-            f"({number + 1} of {len(cases)}, about {takes} left)"
+            f"({number + 1} of {len(cases)}, about {_in_words(takes)} left)"
         )
-        try:
-            found = measured(case)
-        except Exception as error:
-            if not says_no_memory(error):
-                raise
-            notes = (str(error).splitlines()[0],)
-            found = [
-                Result(case, name, mode, "out of memory", notes)
-                for mode in options.modes
-                for name in options.providers
-            ]
+        found = _measured(case, options)
         if output:
             output.add(row for r in found for row in report.rows_of(r, machine))
         for line in (*report.terminal_table(found), *report.remarks(found)):
             say(line)
         results += found
+    else:
+        said = ""
     for line in report.summary(results):
         say(line)
-    if pace.left_out:
-        points = "; ".join(f"{c.operator} {c.shape} {c.dtype}" for c in pace.left_out)
-        count = counted(len(pace.left_out), "point")
-        say(f"left out: {count}, beyond --budget {options.budget:g}: {points}")
+    if said:
+        say(f"left out: {said}")
     failed = {r.provider for r in results if r.status == "failed"}
     return 1 if any(not PROVIDERS[name].peer for name in failed) else 0
 
 
-def _timed(
-    cases: Sequence[Case], options: BenchOptions, say: Say
-) -> Callable[[Case], list[Result]]:
-    mm = {name: call_cost.product_rate(DTYPES[name], options.device) for name in options.dtypes}
-    copy = call_cost.copy_rate(options.device)
-    for name, rate in mm.items():
-        of_mm, own = rate.torch_mm / 1e9, rate.similarity / 1e9
-        say(f"{name}: torch.mm {of_mm:.0f}, prototype_similarity {own:.0f} GFLOP/s")
-    say(f"copy: {copy / 1e9:.0f} GB/s, read and written")
-    if clocks.has_events(options.device):
-        say("every call finds an idle device and none of its data in the second-level cache")
-    say(report.LEGEND)
+def _measured(case: Case, options: BenchOptions) -> list[Result]:
+    try:
+        return measure_case(case, options.providers, options.modes, options.seconds)
+    except Exception as error:
+        if not says_no_memory(error):
+            raise
+        notes = (str(error).splitlines()[0],)
+        return [
+            Result(case, name, mode, "out of memory", notes)
+            for mode in options.modes
+            for name in options.providers
+        ]
+
+
+def _say_what_is_no_pair(cases: Sequence[Case], options: BenchOptions, say: Say) -> None:
     without_pairs = {c.shape for c in cases if c.n != c.p}
     pairs = [name for name in options.ops if name in PAIRED]
     if options.shapes != ("all",) and without_pairs and pairs:
         left_out = ", ".join(sorted(without_pairs))
         say(f"{' and '.join(pairs)} take N = P, so these shapes are left out: {left_out}")
 
-    def measured(case: Case) -> list[Result]:
-        found = measure_case(case, options.providers, options.modes, options.seconds)
-        return [_with_shares(r, mm[case.dtype], copy) for r in found]
 
-    return measured
-
-
-def _searched(options: BenchOptions) -> Callable[[Case], list[Result]]:
-    return lambda case: largest.search(case, options.providers, options.limit)
-
-
-def _with_shares(result: Result, rates: call_cost.ProductRates, copy: float) -> Result:
-    """Add the shares of plain products and of a copy, where the result has a throughput."""
-    if "throughput" not in result.metrics:
-        return result
-    reached, case = result.metrics["throughput"], result.case
-    # So many operations would be made while a copy of the least bytes runs.
-    of_copy = copy * case.operations(result.mode) / case.least_bytes(result.mode)
-    of = {
-        "share_of_torch_mm": rates.torch_mm,
-        "share_of_best_product": rates.best,
-        "share_of_copy": of_copy,
-    }
-    shares = {name: Quantiles(*(1e9 * q / rate for q in reached)) for name, rate in of.items()}
-    return replace(result, metrics=result.metrics | shares)
+def _in_words(seconds: float) -> str:
+    """A duration to the precision that an estimate has."""
+    if seconds < 90:
+        return f"{max(seconds, 1):.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -3,46 +3,34 @@
 The yardstick is plain PyTorch in float64 on the rounded inputs. A result is right if its error is
 no worse than that of an unfused computation, plus a tolerance. For mulki the inputs of that one are
 widened to float32; for others it runs under autocast in their own dtype, which rounds the logits.
-Of large cases both are computed in chunks of rows (`outcomes`), so that all of the result is
-checked at any size.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from functools import partial
 
 import torch
 from torch import Tensor
 
 from mulki.bench.cases import Case, Inputs
-from mulki.bench.outcomes import Outcome, in_chunks
+from mulki.bench.losses import EAGER
+from mulki.bench.outcomes import Outcome, outcome
 from mulki.bench.providers import PROVIDERS
-from mulki.ops.backends import use_backend
 
 #: Relative L2 error allowed on top of the unfused one's, by dtype: a few roundings of a result.
 TOLERANCE = {"float32": 2e-5, "bfloat16": 5e-3, "float16": 1e-3}
 
-Compute = Callable[[Inputs], Outcome]
-
 
 class Verifier:
-    """The float64 outcome of a case, and the errors of unfused computations.
+    """The float64 outcome of a case, and the errors of unfused computations."""
 
-    Args:
-        compute: the outcome of inputs, in plain PyTorch or by our functions, which then take the
-            reference; None for that of the case.
-    """
-
-    def __init__(self, case: Case, inputs: Inputs, compute: Compute | None = None) -> None:
-        compute = compute or partial(in_chunks, case)
+    def __init__(self, case: Case, inputs: Inputs) -> None:
+        eager = EAGER[case.operator]
         self._tolerance = TOLERANCE[case.dtype]
-        with use_backend("reference"):
-            self._truth = compute(case.inputs(torch.float64))
-            self._widened = self.errors(compute(case.inputs(torch.float32)))
-            with PROVIDERS["eager"].context(case):
-                self._under_autocast = self.errors(compute(inputs))
+        self._truth = outcome(eager, inputs.to(torch.float64))
+        self._widened = self.errors(outcome(eager, inputs.to(torch.float32)))
+        with PROVIDERS["eager"].context(case):
+            self._under_autocast = self.errors(outcome(eager, inputs))
 
     def errors(self, found: Outcome) -> dict[str, float]:
         """Relative L2 error of each outcome; infinite where it is not finite."""

@@ -40,7 +40,7 @@ def bench(argv: list[str]) -> int:
 
         parser = Parser(
             prog="mulki bench plot",
-            description="Figures from a CSV as PNG and SVG, on one page, and their numbers",
+            description="Figures from a CSV as PNG and SVG, and on one page",
         )
         parser.add_argument("file", metavar="CSV", help="as mulki bench --output writes it")
         parser.add_argument("folder", metavar="FOLDER", help="where the figures go")
