@@ -78,6 +78,17 @@ def test_weights_sum_to_one_and_have_no_gradient(models, name):
     torch.testing.assert_close(got, want)
 
 
+def test_the_discrepancy_gate_is_that_of_the_formula(models):
+    # Discrepancies from 0 to 0.5, around the threshold of 0.2.
+    student, first, second = models
+    gaps = torch.linspace(0, 0.5, N, dtype=torch.float64)
+    moved = first.features + gaps[:, None] * second.features
+    near = Similarity(moved, second.prototypes, second.scale)
+    previous = torch.sigmoid(6 * (gaps - 0.2))
+    got = weights_of([student, first, near], "discrepancy", temperature=2.0)
+    torch.testing.assert_close(got, torch.stack([1 - previous, previous], dim=1))
+
+
 def test_the_loss_gate_is_that_of_the_formula(models):
     losses = [
         F.cross_entropy(teacher.materialize(), TARGET, reduction="none") for teacher in models[1:]
@@ -97,14 +108,6 @@ def test_the_loss_gate_looks_at_classes_that_take_part_alone(models):
     torch.testing.assert_close(all_classes, weights_of(models, "loss", target=target))
     fewer = [Similarity(m.features, m.prototypes[:4], m.scale) for m in models]
     torch.testing.assert_close(some, weights_of(fewer, "loss", target=target))
-
-
-def test_teachers_without_any_loss_count_equally(models):
-    perfect = Similarity(torch.eye(P)[TARGET], torch.eye(P), 1e4)
-    got = gates.loss_weights(
-        [(perfect.features, perfect.prototypes, torch.tensor(1e4))] * 2, TARGET
-    )
-    torch.testing.assert_close(got, torch.full((N, 2), 0.5))
 
 
 @pytest.mark.parametrize("name", ["discrepancy", "loss"])
@@ -188,11 +191,6 @@ def test_gates_that_cannot_be(arguments, error, message):
         Gate(**{"name": "odd", "summary": "", **arguments})
 
 
-def test_what_is_no_gate_is_not_registered():
-    with pytest.raises(TypeError, match="^gate: got str"):
-        register_gate("sceptical")
-
-
 @pytest.mark.parametrize("gate", ["discrepancy", "loss"])
 def test_arguments_are_checked_before_a_function_computes_with_them(models, gate):
     student, first, second = models
@@ -204,11 +202,6 @@ def test_arguments_are_checked_before_a_function_computes_with_them(models, gate
     meta = Similarity(second.features.to("meta"), second.prototypes.to("meta"), 5.0)
     with pytest.raises(ValueError, match=r"^teachers\[1\]: got device meta"):
         teacher_kl(student, [first, meta], gate=gate, target=TARGET)
-
-
-def test_the_loss_gate_ignores_no_target(models):
-    with pytest.raises(ValueError, match="^target: got values from -100"):
-        weights_of(models, "loss", target=torch.full((N,), -100))
 
 
 @pytest.mark.parametrize(
@@ -245,11 +238,6 @@ def test_numbers_of_a_gate_beside_weights(models):
     assert got == dual_teacher_kl(student, *teachers, weights=given)
 
 
-def test_a_gate_is_named_by_text():
-    with pytest.raises(ValueError, match=r"^gate: got \['label'\]"):
-        MulKILoss(gate=["label"])
-
-
 def test_a_number_that_changes_compiles(models):
     student, *teachers = (Similarity(m.features.float(), m.prototypes.float(), 9.0) for m in models)
 
@@ -261,13 +249,3 @@ def test_a_number_that_changes_compiles(models):
     compiled = torch.compile(loss, backend="eager", fullgraph=True)
     for a in (1.0, 2.0, -0.5):
         torch.testing.assert_close(compiled(student.features, a), loss(student.features, a))
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_a_uniform_weight_does_not_depend_on_a_teacher(dtype):
-    x, w = torch.eye(3, dtype=dtype), torch.eye(3, dtype=dtype)
-    bad = torch.full_like(x, torch.nan)
-    _, details = teacher_kl(
-        Similarity(x, w), [Similarity(x, w), Similarity(bad, w)], return_details=True
-    )
-    assert details.weights.eq(0.5).all() and details.kl[:, 1].isnan().all()
