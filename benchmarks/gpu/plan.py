@@ -44,18 +44,11 @@ SUITES: dict[str, Options] = {
         "--dtypes": ("bfloat16",),
         "--providers": PROVIDERS,
     },
-    # By all that there is, CUDA graphs and other packages too.
+    # By all that there is, other packages too.
     "more": {
         "--ops": ("dual_teacher_kl", "teacher_kl_1", "teacher_kl_3"),
         "--dtypes": ("bfloat16", "float32"),
     },
-}
-#: The search for the largest N leaves out what would be compiled or captured for every N.
-SEARCHED: Options = {
-    "--device": ("cuda",),
-    "--ops": ("dual_teacher_kl", "prototype_cross_entropy", "contrastive", "siglip"),
-    "--dtypes": ("bfloat16",),
-    "--providers": ("mulki", "eager", "liger", "cce", "memeff"),
 }
 #: A rehearsal is so small that it measures nothing.
 TINY: Options = {
@@ -63,14 +56,7 @@ TINY: Options = {
     "--modes": ("both",),
     "--seconds": ("0.001",),
     "--shapes": ("12x12x16",),
-    "--providers": ("eager", "graph", "compile-graph", "products", "torch_lce", "mulki"),
-}
-TINY_SEARCH: Options = {
-    "--device": ("cpu",),
-    "--limit": ("1024",),
-    "--ops": ("siglip",),
-    "--dtypes": ("bfloat16",),
-    "--providers": ("mulki", "eager"),
+    "--providers": ("eager", "products", "torch_lce", "mulki"),
 }
 TINY_SHAPE = "9x7x16"
 
@@ -103,7 +89,6 @@ class Plan:
             ("racecheck", 0.07, self._sanitized("racecheck"), no_sanitizer),
             ("consan", 0.05, self._instrumented("consan"), no_gpu or self._unknown("consan")),
             ("fpsan", 0.05, self._instrumented("fpsan"), no_gpu or self._unknown("fpsan")),
-            ("largest", 0.07, self._largest, no_suite),
             ("more", 1.00, self._timed("more"), no_suite),
             ("tables", KEPT, self._tables, no_csv),
             ("figures", KEPT, self._figures, no_csv or machine.no_figures),
@@ -171,11 +156,6 @@ class Plan:
     def _timed(self, name: str) -> Callable[[float], Commands]:
         output = ("--output", str(self.csv_file))
         return lambda seconds: {name: [*self._suite(name, seconds, "0.15"), *output]}
-
-    def _largest(self, seconds: float) -> Commands:
-        options = TINY_SEARCH if self.machine.rehearsal else SEARCHED
-        output = ("--output", str(self.csv_file))
-        return {"largest": [*_bench(options, seconds), "--largest", *output]}
 
     def _small(self, seconds: float) -> list[str]:
         small = [PYTHON, "-m", "benchmarks.gpu.small", "--seconds", f"{seconds:.0f}"]

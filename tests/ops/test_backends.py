@@ -8,11 +8,13 @@ import pytest
 import torch
 
 from mulki import ops
+from mulki.bench.cases import Case
+from mulki.functional import siglip
 from mulki.ops import backends, loader, use_backend, wins
 from mulki.ops.operators import OPERATORS
-from tests.ops.op_cases import NAMES, asking, make, requiring_grad, run
 
 OP = "siglip"
+CASE = Case(OP, 64, 64, 32, "float32")  # so large that no plain formula serves it
 HALF = torch.bfloat16
 FULL = torch.float32
 
@@ -60,8 +62,9 @@ def cpp(monkeypatch):
 
 
 def called(dtype=FULL, grad=False):
-    case = make(OP, dtype=dtype)
-    return run(requiring_grad(case) if grad else case)[0]
+    features, texts, scale, bias = CASE.inputs().arguments
+    x, w = (t.detach().to(dtype).requires_grad_(grad) for t in (features, texts))
+    return siglip(x, w, scale.detach(), bias.detach(), reduction="none")
 
 
 def test_cpu_tensors_go_to_cpp_and_those_of_float64_to_the_reference(cpp):
@@ -173,8 +176,7 @@ def test_triton_serves_unasked_from_the_size_on_from_which_it_wins(monkeypatch):
     monkeypatch.setitem(backends.BACKENDS, "triton", triton)
     monkeypatch.setitem(backends.CANDIDATES, "cpu", backends.ELSEWHERE)
     monkeypatch.setenv("MULKI_STRICT", "1")
-    x = make(OP, dtype=FULL).args[:2]
-    logits = len(x[0]) * len(x[1])
+    logits = CASE.n * CASE.p
     for least, calls in ((logits, 1), (logits + 1, 1), ("was wrong", 1)):
         monkeypatch.setattr(wins, "_shared", {OP: {"float32": least}})
         backends.forget_choices()
@@ -208,14 +210,3 @@ def test_report_names_who_serves_and_why_others_do_not(cpp):
         assert (served.backend, served.rejected) == ("reference", forced)
     # A report is a question, not a call.
     assert ops.fallbacks() == [] and cpp.called == []
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_autocast_is_off_inside_an_operator_and_changes_nothing(name, backend):
-    case = make(name, dtype=FULL)
-    case = asking(case, "backward", [True] * case.leaves)
-    plain = run(case)
-    with torch.autocast("cpu", torch.bfloat16):
-        cast = run(case)
-        assert torch.is_autocast_enabled("cpu")
-    assert all(a.equal(b) for a, b in zip(plain, cast, strict=True))
