@@ -239,7 +239,9 @@ def terminal_table(results: Sequence[Result]) -> list[str]:
         lines.append(cells)
     columns = [c for c in zip(*lines, strict=True) if any(cell not in ("-", "") for cell in c[1:])]
     aligned = [_aligned(column, left=not i) for i, column in enumerate(columns)]
-    return ["  ".join(cells).rstrip() for cells in zip(*aligned, strict=True)]
+    wide = sum(len(column[0]) + 2 for column in aligned) - 2 > WIDTH
+    gap = " " if wide else "  "
+    return [gap.join(cells).rstrip() for cells in zip(*aligned, strict=True)]
 
 
 def summary(results: Sequence[Result]) -> list[str]:
