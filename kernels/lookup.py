@@ -9,11 +9,12 @@ from __future__ import annotations
 import importlib
 import os
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 
-from mulki.ops import prepared, toolchain
+from mulki.ops import toolchain
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CAPABILITY = (8, 0)  # the first with bfloat16 and tf32 on tensor cores
@@ -39,9 +40,8 @@ def why_not(op: str, device: str, dtype: torch.dtype) -> str | None:
     except ImportError as error:
         return f"triton is not importable ({error}): install the one that this torch names"
     if device == "cpu":
-        if os.environ.get("TRITON_INTERPRET") != "1":
-            return "runs on CPU tensors in Triton's interpreter alone; set TRITON_INTERPRET=1"
-        return None
+        interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+        return None if interpreted else "runs on CPU tensors under TRITON_INTERPRET=1 alone"
     return _missing(torch.device(device)) or "; ".join(toolchain.missing()) or None
 
 
@@ -70,7 +70,14 @@ def kernel(op: str) -> Callable[..., Any]:
     function = getattr(importlib.import_module(f"mulki.kernels.{op}"), op)
 
     def on_its_device(x: Any, request: Any) -> tuple[torch.Tensor, ...]:
-        with prepared.current_device(x[0].device):
+        with _current(x[0].device):
             return function(x, request)
 
     return on_its_device
+
+
+def _current(device: torch.device) -> AbstractContextManager[Any]:
+    # Triton launches on the current device, wherever the tensors are.
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        return torch.cuda.device(device)
+    return torch.xpu.device(device) if device.type == "xpu" else nullcontext()

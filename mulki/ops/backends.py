@@ -172,9 +172,6 @@ def call(operator: Operator, *args: Any) -> tuple[Tensor, ...]:
     gradients = any(request.wanted) if sized else None
     device = str(features.device) if sized else kind
     found = kernel(operator.name, device, features.dtype, size, gradients)
-    if isinstance(found, TritonKernel):
-        key, _ = known or _key_of(operator, args)
-        found = functools.partial(prepared.noted, key, found)
     if not autocasting(kind):
         return found(x, request)
     # Operands are rounded before the operator; inside, autocast would round the logits.
