@@ -1,6 +1,6 @@
 # `make demo` needs Python 3.10 or newer and nothing else, `make test` git too: they make .venv first. With
 # a C++ compiler on PATH they also build the C++ kernels, for this CPU's capability; without one all
-# runs in plain PyTorch. CI builds and tests every capability: MULKI_BUILD_CAPABILITIES=all make test
+# runs in plain PyTorch.
 # Another interpreter: make test PYTHON=python3.12
 
 PYTHON ?= python3
@@ -17,51 +17,67 @@ JOBS ?= 2
 SPREAD = $(if $(filter-out 1,$(JOBS)),-n $(JOBS) --dist loadfile --no-loadscope-reorder)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test pytest test-oldest docs lint style types sanitize cross-arm fuzz test-long clean .venv
+.PHONY: help demo test pytest docs lint style types library clean .venv
+.PHONY: nightly test-long test-random test-capabilities test-oldest sanitize cross-arm
 
 help:
 	@echo "make demo      run the bundled image tasks (mulki run embedded --preset small) and show the results"
 	@echo "make test      make lint, and pytest in JOBS=2 processes"
-	@echo "make test-long tests that take minutes, every point to kill a run at, and more cases of others"
-	@echo "make test-oldest  some tests of the Triton kernels with torch 2.11 and Triton 3.6, the oldest supported"
 	@echo "make docs      the documentation as a site in build/docs, without warnings or a network"
 	@echo "make lint      ruff, clang-format and mypy"
-	@echo "make sanitize  the C++ kernels under sanitizers, on Linux; SHORT=1 for fewer tests"
-	@echo "make cross-arm the C++ kernels compiled and linked for Linux on ARM, with g++-aarch64-linux-gnu"
-	@echo "make fuzz      random cases for SECONDS=20 each, of a fixed seed and, without FIXED=1, of a fresh one"
+	@echo "make nightly   all that takes long, each of which is a target of its own:"
+	@echo "    make test-long          tests that take minutes, those of killed runs among them"
+	@echo "    make test-random        many new cases of the tests that draw theirs at random"
+	@echo "    make test-capabilities  the C++ kernels of every capability that this CPU has"
+	@echo "    make test-oldest        the operators and kernels with the oldest torch and Triton supported"
+	@echo "    make sanitize           the C++ kernels under sanitizers, on Linux"
+	@echo "    make cross-arm          the C++ kernels compiled and linked for ARM, with g++-aarch64-linux-gnu"
 	@echo "make .venv     only make .venv, with all that demo and test need"
 	@echo "make clean     remove .venv, built libraries and caches (run folders in logs/ stay)"
-	@echo "demo, test, docs, lint, sanitize, cross-arm, fuzz and test-long make .venv where it is missing; PYTHON=... picks its interpreter."
+	@echo "All but clean make .venv where it is missing; PYTHON=... picks its interpreter."
 
-demo: .venv/.installed-demo
+demo: .venv/.installed-demo library
 	$(BIN)/mulki run embedded --preset small
 
 # mypy has one process and takes a minute, so the tests begin beside it.
 test: style
 	$(MAKE) --no-print-directory -j 2 types pytest
 
-pytest: .venv/.installed-test
+# Where a compiler knows torch's C++, kernels that do not build are no fallback for tests.
+pytest: REQUIRED := 1
+pytest: .venv/.installed-test library
 	$(BIN)/python -m pytest -q $(SPREAD)
 
+# What fails does not keep the rest from running.
+nightly:
+	$(MAKE) --keep-going test-long test-random test-capabilities test-oldest sanitize cross-arm
+
+# Of the tests that take hours a sample, as wherever CI is set; make test-long CI= tries every place.
+test-long: export CI ?= true
+test-long: REQUIRED := 1
+test-long: .venv/.installed-test-all library
+	$(BIN)/python -m pytest -q --long $(SPREAD)
+
+# With all packages, what `make test` may have left out too.
+test-random: .venv/.installed-test-all library
+	$(BIN)/python -m pytest -q -m hypothesis --hypothesis-profile=nightly $(SPREAD)
+
+test-capabilities: .venv/.installed-test
+	MULKI_BUILD_CAPABILITIES=all $(BIN)/python setup.py -q build_ext --inplace
+	for capability in $$($(BIN)/python -c 'from mulki.ops.loader import cpu_capabilities as c; print(*c())'); do \
+	    echo "$$capability:"; ATEN_CPU_CAPABILITY=$$(echo $$capability | tr A-Z a-z) \
+	    $(BIN)/python -m pytest -q $(SPREAD) tests/ops tests/functional tests/losses || exit 1; \
+	done
+
 # In an environment of its own, without the C++ kernels. NumPy 2.4 does not go with the interpreter
-# of Triton 3.6.
+# of Triton 3.6. Then with a Triton between the oldest and the newest.
 OLDEST := build/oldest
-OLDEST_PACKAGES := "torch==2.11.*" "triton==3.6.*" "numpy<2.4" "pytest>=8.2"
-# Compiled, counted, launched up to a driver that does nothing, interpreted, traced.
-OLDEST_TESTS := tests/benchmarks/test_host.py tests/benchmarks/test_plan.py \
-    tests/benchmarks/test_kernels.py tests/kernels/test_kernel_choice.py \
-    tests/kernels/test_schedule.py tests/ops/test_torch_private.py tests/ops/test_compile.py
-OLDEST_INTERPRETED := tests/kernels/interpreted/test_triton_schedules.py -k "ce_all or pairs_blend"
+OLDEST_PACKAGES := "torch==2.11.*" "triton==3.6.*" "numpy<2.4" "pytest>=8.2" "hypothesis>=6.100"
 
-test-oldest: $(OLDEST)/.installed
-	$(OLDEST)/bin/python -m pytest -q -m "not slow" $(OLDEST_TESTS)
-	TRITON_INTERPRET=1 $(OLDEST)/bin/python -m pytest -q $(OLDEST_INTERPRETED)
-
-# A version between the oldest and the newest: no product is asynchronous in what it compiles.
-BETWEEN := $(OLDEST)/triton-3.7
-
-test-between: $(BETWEEN)
-	PYTHONPATH=$(BETWEEN) $(OLDEST)/bin/python -m pytest -q tests/benchmarks/test_kernels.py -k asynchronously
+test-oldest: $(OLDEST)/.installed $(OLDEST)/triton-3.7
+	$(OLDEST)/bin/python -m pytest -q -m "not slow" tests/ops tests/kernels
+	TRITON_INTERPRET=1 $(OLDEST)/bin/python -m pytest -q -m "not slow" tests/kernels/interpreted
+	PYTHONPATH=$(OLDEST)/triton-3.7 $(OLDEST)/bin/python -m pytest -q -m "not slow" tests/kernels
 
 $(OLDEST)/triton-%: | $(OLDEST)/.installed
 	$(OLDEST)/bin/python -m pip install -q --no-deps --target $@ "triton==$*.*"
@@ -92,24 +108,12 @@ types: .venv/.installed-test
 	$(BIN)/mypy
 
 sanitize: .venv/.installed-test
-	tests/csrc/sanitize "$(CURDIR)/$(BIN)/python" $(if $(SHORT),short)
+	tests/csrc/sanitize "$(CURDIR)/$(BIN)/python"
 
 cross-arm: .venv/.installed-test
 	tests/csrc/cross-arm "$(CURDIR)/$(BIN)/python"
 
-SECONDS ?= 20
-fuzz: .venv/.installed-test
-	for target in operators calls files kernels; do \
-	    $(BIN)/python -m tests.fuzz $$target --seconds $(SECONDS) --seed 0 || exit 1; \
-	    $(if $(FIXED),,$(BIN)/python -m tests.fuzz $$target --seconds $(SECONDS) || exit 1;) \
-	done
-
-test-long: .venv/.installed-test
-	$(BIN)/python -m pytest -q --long $(SPREAD)
-
-.venv: .venv/.installed-test
-
-BUILT_FROM := pyproject.toml setup.py $(wildcard mulki/ops/*.py) $(shell find csrc -name '*.h' -o -name '*.cpp')
+.venv: .venv/.installed-test library
 
 # Torch comes before mulki: the package is built without isolation, against the torch it will run with.
 .venv/.installed-torch:
@@ -124,23 +128,31 @@ BUILT_FROM := pyproject.toml setup.py $(wildcard mulki/ops/*.py) $(shell find cs
 	$(BIN)/python -m pip install "setuptools>=77" wheel ninja "torch>=2.11" torchvision
 	@touch $@
 
-.venv/.installed-demo: .venv/.installed-torch $(BUILT_FROM)
-	$(BIN)/python -m pip install --no-build-isolation -e ".[demo]"
+# The C++ kernels are built for themselves: a change of them installs nothing anew.
+EXTRAS := $(addprefix .venv/.installed-,demo test test-all docs)
+.venv/.installed-test: .venv/.installed-demo
+.venv/.installed-docs .venv/.installed-test-all: .venv/.installed-test
+$(EXTRAS): .venv/.installed-%: .venv/.installed-torch pyproject.toml setup.py
+	MULKI_BUILD_CPP=0 $(BIN)/python -m pip install --no-build-isolation -e ".[$*]"
+	@touch $@
+
+COMPILES = [ "$${MULKI_BUILD_CPP-}" != 0 ] && echo 'int main() {}' | \
+    "$${CXX:-c++}" -std=c++20 -x c++ -fsyntax-only - 2>/dev/null
+LOADS = MULKI_DISABLE_CPP= $(BIN)/python -c 'import sys; from mulki.ops.loader import load; sys.exit(load())'
+
+.venv/.library: .venv/.installed-demo $(shell find csrc -name '*.h' -o -name '*.cpp')
+	@if $(COMPILES); then echo "compiles what has changed of the C++ kernels; all of them take minutes"; \
+	    $(BIN)/python setup.py -q build_ext --inplace >.venv/library.log 2>&1 || { \
+	    tail -n 20 .venv/library.log >&2; [ -z "$(REQUIRED)$(filter 1,$(MULKI_BUILD_CPP))" ] || { \
+	    echo "build them with $(BIN)/python, or test without them: MULKI_BUILD_CPP=0 make test" >&2; exit 1; }; }; fi
 	@$(BIN)/python -c 'from mulki.ops.loader import capability_in_words, load; \
 	    print("C++ kernels:", load() or capability_in_words())'
 	@touch $@
 
-# The C++ kernels are built by then; an installation in place would compile all of them again.
-.venv/.installed-docs: .venv/.installed-test
-.venv/.installed-test: .venv/.installed-demo
-.venv/.installed-test .venv/.installed-docs: .venv/.installed-%:
-	MULKI_BUILD_CPP=0 $(BIN)/python -m pip install --no-build-isolation -e ".[$*]"
-	@# Where a compiler knows torch's C++, kernels that do not build are no fallback for tests.
-	@if [ "$${MULKI_BUILD_CPP-}" = 0 ] || ! echo 'int main() {}' | \
-	    "$${CXX:-c++}" -std=c++20 -x c++ -fsyntax-only - 2>/dev/null; then :; else \
-	    MULKI_DISABLE_CPP= $(BIN)/python -c 'import sys; from mulki.ops.loader import load; sys.exit(load())' || { \
-	    echo "build them with $(BIN)/python, or test without them: MULKI_BUILD_CPP=0 make test" >&2; exit 1; }; fi
-	@touch $@
+# Schemas of operators stand in mulki/ops: where one has changed, no library is for it.
+library: .venv/.library
+	@if $(COMPILES) && ! $(LOADS); then rm -f .venv/.library; \
+	    $(MAKE) --no-print-directory REQUIRED=$(REQUIRED) .venv/.library; fi
 
 clean:
 	rm -rf .venv build dist *.egg-info mulki/_cpu_*

@@ -19,29 +19,17 @@ def machine_line(device: str) -> str:
     return setting_line(describe_machine(device))
 
 
-def markdown(rows: Sequence[Row], columns: Mapping[str, str]) -> str:
-    """A table of some columns.
+def markdown(rows: Sequence[Row]) -> str:
+    """A table with the keys of the first row as columns; numbers have four digits."""
 
-    Args:
-        columns: from a key of the rows to its header, with its format behind a colon if it is a
-            number: ``{"growth_mib": "growth, MiB:.1f"}``.
-    """
-    heads = {key: text.partition(":") for key, text in columns.items()}
-    lines = [_line(head for head, _, _ in heads.values())]
-    lines.append(_line("---:" if form else "---" for _, _, form in heads.values()))
-    for row in rows:
-        lines.append(_line(_shown(row.get(key), form) for key, (_, _, form) in heads.items()))
-    return "\n".join(lines)
+    def shown(value: Cell) -> str:
+        if value is None:
+            return "-"
+        return f"{value:.4g}" if isinstance(value, float) else str(value)
 
-
-def _line(cells: object) -> str:
-    return f"| {' | '.join(cells)} |"  # type: ignore[arg-type]
-
-
-def _shown(value: Cell, form: str) -> str:
-    if value is None or value == "":
-        return "-"
-    return format(value, form) if form else str(value)
+    lines = [[*rows[0]], ["---"] * len(rows[0])]
+    lines += [[shown(row.get(key)) for key in rows[0]] for row in rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def parser_with_output(description: str | None) -> argparse.ArgumentParser:
@@ -68,9 +56,9 @@ def _writable(path: str) -> str:
     return path
 
 
-def show(rows: Sequence[Row], columns: Mapping[str, str], output: str | None, device: str) -> None:
+def show(rows: Sequence[Row], output: str | None, device: str) -> None:
     """Print a table, and append its rows to a CSV file where one is given."""
-    print(markdown(rows, columns), flush=True)
+    print(markdown(rows), flush=True)
     if output:
         write_csv(output, rows, device)
 
@@ -79,25 +67,17 @@ def write_csv(path: str | Path, rows: Sequence[Row], device: str) -> None:
     """Append rows, each with the machine's columns.
 
     Raises:
-        InputError: the file cannot be written, or holds other columns.
+        InputError: the file holds other columns.
     """
     machine = describe_machine(device)
     lines = [dict(**row, **machine) for row in rows]
     columns = list(dict.fromkeys(key for line in lines for key in line))
-    path = Path(path)
-    try:
-        new = not path.exists() or path.stat().st_size == 0
-        if not new:
-            with path.open(newline="", encoding="utf-8") as file:
-                found = next(csv.reader(file), [])
-            if found != columns:
-                raise InputError(f"--output {path}: holds other columns; name another file")
-        with path.open("a", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, columns)
-            if new:
-                writer.writeheader()
-            writer.writerows(lines)
-    except OSError as error:
-        raise InputError(
-            f"--output {path}: {error.strerror}; name a file in a folder that exists"
-        ) from None
+    with Path(path).open("a+", newline="", encoding="utf-8") as file:
+        file.seek(0)
+        found = next(csv.reader(file), None)
+        if found not in (None, columns):
+            raise InputError(f"--output {path}: holds other columns; name another file")
+        writer = csv.DictWriter(file, columns)
+        if found is None:
+            writer.writeheader()
+        writer.writerows(lines)

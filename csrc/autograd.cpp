@@ -3,8 +3,8 @@
 //
 // Beside a sum or a mean an operator returns the gradients of its first arguments. The backward pass
 // multiplies them by the upstream gradient of the loss. If that is 1 and nothing needs the graph
-// after this backward pass, they are handed over as they are. For a loss per row, and for the two
-// losses of pair_kl where their upstream gradients differ, the operator is called again.
+// after this backward pass, they are handed over as they are. For a loss per row the operator is
+// called again.
 //
 // A gradient has no gradient of its own: with a graph of the backward pass it goes through
 // mulki::scaled and the operators of mulki, which refuse one.
@@ -142,7 +142,6 @@ struct Rule : torch::autograd::Function<Rule> {
     op.redispatchBoxed(keys & c10::after_autograd_keyset, stack);
     Tensor loss = torch::jit::peek(*stack, 0, schema.returns().size()).toTensor();
 
-    const bool two_losses = reduction != "none" && loss.dim() == 1;
     variable_list saved;
     for (const Tensor& leaf : leaves) {
       // An inference tensor that requires grad is an error of torch.
@@ -151,7 +150,7 @@ struct Rule : torch::autograd::Function<Rule> {
     for (const IValue& gradient : torch::jit::last(*stack, leaves.size())) {
       saved.push_back(gradient.toTensor());
     }
-    if (reduction == "none" || two_losses) {
+    if (reduction == "none") {
       Arguments(context).keep(arguments, saved);
     }
     context->saved_data["op"] = schema.name().substr(schema.name().find("::"));
@@ -170,13 +169,11 @@ struct Rule : torch::autograd::Function<Rule> {
     if (!grad.defined()) {
       return result;
     }
-    const bool rows = context->saved_data["reduction"].toStringRef() == "none";
-    if (rows || (grad.dim() == 1 && !(is_plain_backward(grad) && are_equal(grad)))) {
+    if (context->saved_data["reduction"].toStringRef() == "none") {
       call_again(context, saved, grad, result);
       return result;
     }
-    const Tensor factor = grad.dim() == 1 ? grad[0] : grad;
-    const bool as_they_are = may_give_away(factor);
+    const bool as_they_are = may_give_away(grad);
     const Tensor tie = tie_of(at::ArrayRef<Tensor>(saved).slice(0, count));
     for (size_t i = 0; i < count; ++i) {
       if (context->needs_input_grad(i)) {
@@ -187,17 +184,13 @@ struct Rule : torch::autograd::Function<Rule> {
             "]: got False, wanted True as the argument requires grad; where torch.export or "
             "make_fx recorded the call, record it again with inputs that require grad");
         // Autograd converts it to the dtype of the leaf.
-        result[i] = as_they_are ? stored : scaled(factor, stored, leaf, tie);
+        result[i] = as_they_are ? stored : scaled(grad, stored, leaf, tie);
       }
     }
     return result;
   }
 
  private:
-  static bool are_equal(const Tensor& grad) {
-    return grad[0].item<double>() == grad[1].item<double>();
-  }
-
   static void call_again(
       AutogradContext* context,
       const variable_list& saved,
@@ -250,8 +243,7 @@ void differentiable(
 
 TORCH_LIBRARY_IMPL(mulki_cpp, AutogradCPU, m) {
   for (const char* op :
-       {"similarity", "prototype_cross_entropy", "teacher_kl", "contrastive", "siglip",
-        "pair_kl"}) {
+       {"prototype_cross_entropy", "teacher_kl", "contrastive", "siglip", "pair_kl"}) {
     m.impl(op, torch::CppFunction::makeFromBoxedFunction<&differentiable>());
   }
 }

@@ -48,7 +48,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> contrastive(
     }
   };
   if (n > 0) {
-    with_engine(image_features, text_features, run);
+    with_engine(image_features.scalar_type(), run);
   }
   return {request.loss(loss, n), grads.x, grads.w, scalar_if(wanted[2], dscale)};
 }

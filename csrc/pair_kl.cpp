@@ -1,23 +1,23 @@
 // pair_kl: the weighted KL divergence of K teachers to a student over N pairs, in both directions.
 //
-//   loss_i = 1/2 (R_i + C_i),   R_i = sum_k w_ik KL_ik,   KL_ik = t sum_j p_ijk (log p_ijk - log q_ij)
+//   loss_i = weight/2 (R_i + C_i) + label_weight L_i
+//   R_i = sum_k w_ik KL_ik,   KL_ik = t sum_j p_ijk (log p_ijk - log q_ij)
 //   dloss/du_ij = t/2 sum_k [g_i w_ik (q_ij - p_ijk) + g_j w'_jk (q'_ij - p'_ijk)],   u = scale Y / T
 //
 // q and p_k are the softmax of u of the student and of teacher k over the columns of a row; C_i and
 // what has a dash are the same over the rows of a column. T is the temperature, t is T^2 or 1, g_i
-// the upstream gradient of loss_i. The weights are given, or come from a gate (gate.h) whose label is
+// weight times the upstream gradient of loss_i. The weights w are given, or come from a gate (gate.h) whose label is
 // the row's or the column's own pair. With expectations E over p_k and lse = log sum exp:
 //
 //   KL_k = t (E[u_k] - lse_k - E[u] + lse)
 //
-// With labels, the loss of contrastive is computed beside it, from the same products of the
-// student, and, if T is 1, from the same exponentials. Tiling, memory and passes are those of
+// L_i is the loss of contrastive, computed from the same products of the student, and, if T is 1,
+// from the same exponentials. Tiling, memory and passes are those of
 // pair_softmax.h.
 #include "common/checks.h"
 #include "core/gate.h"
 #include "core/pair_softmax.h"
 
-#include <ATen/ops/stack.h>
 #include <torch/library.h>
 
 #include <tuple>
@@ -28,11 +28,12 @@ namespace {
 struct Arguments {
   const Tensor &image_features, &text_features, &logit_scale;
   at::TensorList teacher_image_features, teacher_text_features;
-  const Tensor& teacher_scales;
+  at::TensorList teacher_scales;
   const std::optional<Tensor>& weights;
   double temperature;
   Gate gate;
-  bool scale_by_t2, labels;
+  bool scale_by_t2;
+  double weight, label_weight;
 
   int64_t n() const {
     return image_features.size(0);
@@ -42,6 +43,9 @@ struct Arguments {
   }
   double t2() const {
     return scale_by_t2 ? temperature * temperature : 1.0;
+  }
+  bool labels() const {
+    return label_weight != 0;
   }
   // The place of the labels' distribution.
   int64_t place_of_labels() const {
@@ -74,30 +78,30 @@ std::vector<PairFeatures> models_of(const Arguments& a) {
 std::vector<PairDistribution> distributions_of(const Arguments& a) {
   const double scale = value_of(a.logit_scale);
   std::vector<PairDistribution> out{{0, float(scale / a.temperature)}};
-  const Tensor scales = a.teacher_scales.to(at::kDouble).contiguous();
   for (int64_t i = 0; i < a.k(); ++i) {
-    out.push_back({i + 1, float(scales.const_data_ptr<double>()[i] / a.temperature)});
+    out.push_back({i + 1, float(value_of(a.teacher_scales[i]) / a.temperature)});
   }
-  if (a.labels && a.temperature != 1) {
+  if (a.labels() && a.temperature != 1) {
     out.push_back({0, float(scale)});
   }
   return out;
 }
 
-// By-products, [2, N, K]: of the rows, then of the columns.
+// By-products: [2, N, K], of the rows, then of the columns, and the labels' losses [N].
 struct Details {
   explicit Details(const Arguments& a)
       : kl(empty_float({2, a.n(), a.k()})),
         weights(empty_float(kl.sizes())),
-        entropy(empty_float(kl.sizes())) {
+        entropy(empty_float(kl.sizes())),
+        labels(empty_float({a.labels() ? a.n() : 0})) {
     if (a.weights.has_value()) {
       weights.copy_(*a.weights);
     }
   }
-  Tensor kl, weights, entropy;
+  Tensor kl, weights, entropy, labels;
 };
 
-// Fills the details of one side, the rows (0) or the columns (1), and adds half of its loss.
+// Fills the details of one side, the rows (0) or the columns (1), and adds its part of the loss.
 void finish_side(
     const Arguments& a,
     int64_t side,
@@ -125,7 +129,7 @@ void finish_side(
       a.gate.weights(k, entropy, log_p, w);
     }
     for (int64_t t = 0; t < k; ++t) {
-      loss[i] += double(w[t]) * kl[t] / 2;
+      loss[i] += a.weight / 2 * w[t] * kl[t];
     }
   }
 }
@@ -137,7 +141,7 @@ void add_divergences(
     const Upstream& upstream,
     std::vector<PairCoefficients>& out) {
   const int64_t n = a.n(), k = a.k();
-  const double factor = a.t2() / a.temperature / 2;
+  const double factor = a.weight * a.t2() / a.temperature / 2;
   for (int64_t side = 0; side < 2; ++side) {
     const float* w = weights.const_data_ptr<float>() + side * n * k;
     const auto coefficients = [&](int64_t d) -> std::vector<float>& {
@@ -156,17 +160,14 @@ void add_divergences(
   }
 }
 
-// Both passes: fills `details`, adds the losses of the divergences and, if asked for, of the labels,
-// and returns the gradient of the scale.
+// Both passes: fills `details`, adds the losses, and returns the gradient of the scale.
 template <typename Engine>
 double compute(
     const Arguments& a,
-    const Upstream& of_divergences,
-    const Upstream& of_labels,
+    const Upstream& upstream,
     std::array<bool, 3> wanted,
-    const Details& details,
+    Details& details,
     std::vector<double>& loss,
-    std::vector<double>& labels,
     Grads& grads) {
   const bool any = wanted[0] || wanted[1] || wanted[2];
   const std::vector<PairDistribution> distributions = distributions_of(a);
@@ -177,8 +178,11 @@ double compute(
     finish_side(a, side, sums, distributions, details, loss);
   }
   const int64_t place = a.place_of_labels();
-  for (int64_t i = 0; i < a.n() && a.labels; ++i) {
-    labels[i] = sums.loss_of_labels(distributions[place], place, i);
+  float* labels = details.labels.mutable_data_ptr<float>();
+  for (int64_t i = 0; i < a.n() && a.labels(); ++i) {
+    const double of_labels = sums.loss_of_labels(distributions[place], place, i);
+    labels[i] = float(of_labels);
+    loss[i] += a.label_weight * of_labels;
   }
   if (!any) {
     return 0.0;
@@ -187,27 +191,28 @@ double compute(
   for (size_t d = 0; d < sums.rows.size(); ++d) {
     coefficients.emplace_back(std::move(sums.rows[d].lse), std::move(sums.columns[d].lse));
   }
-  add_divergences(a, details.weights, of_divergences, coefficients);
-  if (a.labels) {
-    coefficients[place].add_labels(of_labels);
+  add_divergences(a, details.weights, upstream, coefficients);
+  if (a.labels()) {
+    coefficients[place].add_labels(upstream, a.label_weight);
   }
   return pairs.gradients(coefficients, float(value_of(a.logit_scale)), grads, cache);
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> pair_kl(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> pair_kl(
     const Tensor& image_features,
     const Tensor& text_features,
     const Tensor& logit_scale,
     at::TensorList teacher_image_features,
     at::TensorList teacher_text_features,
-    const Tensor& teacher_scales,
+    at::TensorList teacher_scales,
     const std::optional<Tensor>& weights,
     double temperature,
     double gate_temperature,
     double gate_entropy,
     double gate_label,
     bool scale_by_t2,
-    bool with_labels,
+    double weight,
+    double label_weight,
     const std::optional<Tensor>& grad,
     c10::string_view reduction,
     std::array<bool, 3> wanted) {
@@ -222,40 +227,27 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> pair_kl(
       temperature,
       {gate_entropy, gate_label, gate_temperature},
       scale_by_t2,
-      with_labels};
+      weight,
+      label_weight};
   check_shapes(a);
   const int64_t n = a.n();
-  if (with_labels && grad.has_value()) {
-    TORCH_CHECK_VALUE(
-        grad->dim() > 0 && grad->size(0) == 2, "grad: got shape ", grad->sizes(),
-        ", wanted one for each of the two losses");
-  }
-  // The labels' loss is the first of the two.
-  const auto grad_of = [&](int64_t loss) -> std::optional<Tensor> {
-    return with_labels && grad.has_value() ? grad->select(0, loss) : grad;
-  };
-  const std::optional<Tensor> grad_of_labels = grad_of(0), grad_of_divergences = grad_of(1);
-  const Request of_labels(grad_of_labels, reduction), request(grad_of_divergences, reduction);
-  const Details details(a);
-  const Upstream of_rows = request.upstream(n, n), of_label_rows = of_labels.upstream(n, n);
+  const Request request(grad, reduction);
+  const Upstream upstream = request.upstream(n, n);
+  Details details(a);
   Grads grads(image_features, text_features, request.dtype(image_features), wanted[0], wanted[1]);
-  std::vector<double> loss(n), labels(n);
+  std::vector<double> loss(n);
   double dscale = 0;
   if (n > 0) {
-    dscale = with_engine(image_features, text_features, [&](auto engine) {
-      return compute<decltype(engine)>(
-          a, of_rows, of_label_rows, wanted, details, loss, labels, grads);
+    dscale = with_engine(image_features.scalar_type(), [&](auto engine) {
+      return compute<decltype(engine)>(a, upstream, wanted, details, loss, grads);
     });
   }
-  Tensor found = request.loss(loss);
-  if (with_labels && !grad.has_value()) {
-    found = at::stack({of_labels.loss(labels), found});
-  }
   return {
-      found,
+      request.loss(loss),
       request.detail(details.kl),
       request.detail(details.weights),
       request.detail(details.entropy),
+      request.detail(details.labels),
       grads.x,
       grads.w,
       scalar_if(wanted[2], dscale)};

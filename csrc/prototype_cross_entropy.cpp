@@ -74,7 +74,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> prototype_cross_entropy(
   Tensor loss = empty_float({n});
   Grads grads(features, prototypes, request.dtype(features), wanted[0], wanted[1]);
   double dscale = 0;
-  with_engine(features, prototypes, [&](auto engine) {
+  with_engine(features.scalar_type(), [&](auto engine) {
     using Engine = decltype(engine);
     const Tiling tiling(n, p, 1, wanted[0] || wanted[1]);
     std::vector<Model<typename Engine::Operand>> models;

@@ -118,7 +118,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> siglip(
       // At these limits no row has a match. Larger offsets would overflow.
       std::clamp(offset, -n, p), at::zeros({n}, at::kFloat)};
   if (n > 0 && p > 0) {
-    with_engine(image_features, text_features, [&](auto engine) {
+    with_engine(image_features.scalar_type(), [&](auto engine) {
       compute<decltype(engine)>(of, upstream, wanted, grads);
     });
   }

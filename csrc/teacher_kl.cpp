@@ -72,7 +72,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> teacher_kl(
     const Tensor& scale,
     at::TensorList teacher_features,
     at::TensorList teacher_prototypes,
-    const Tensor& teacher_scales,
+    at::TensorList teacher_scales,
     const std::optional<Tensor>& given_weights,
     const std::optional<Tensor>& target,
     const std::optional<Tensor>& class_mask,
@@ -104,17 +104,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> teacher_kl(
         target.has_value(), "target: got None, wanted class indices, which gate_label uses");
     targets = checked_target(*target, n, p, std::nullopt, mask);
   }
-  const Tensor scales = teacher_scales.to(at::kDouble).contiguous();
   std::vector<double> c{value_of(scale) / temperature};
-  for (int64_t i = 0; i < k; ++i) {
-    c.push_back(scales.const_data_ptr<double>()[i] / temperature);
+  for (const Tensor& teacher_scale : teacher_scales) {
+    c.push_back(value_of(teacher_scale) / temperature);
   }
   const double t2 = scale_by_t2 ? temperature * temperature : 1.0;
   const Request request(grad, reduction);
   const Upstream upstream = request.upstream(n, n);
   Grads grads(features, prototypes, request.dtype(features), wanted[0], wanted[1]);
   double dscale = 0;
-  with_engine(features, prototypes, [&](auto engine) {
+  with_engine(features.scalar_type(), [&](auto engine) {
     using Engine = decltype(engine);
     const Tiling tiling(n, p, k + 1, wanted[0] || wanted[1]);
     std::vector<Model<typename Engine::Operand>> models;

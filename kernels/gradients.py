@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from mulki.ops.logits import waiting
+from mulki.ops import logits
 from mulki.ops.operators import Request
 
 from .tiles import Operands, ceil_div, dtype_of_g
@@ -26,18 +26,10 @@ LARGEST = 256.0  # of G in float16
 
 
 def multiply(a: Tensor, b: Tensor, out: Tensor, add: bool = False) -> None:
-    """Write a b to `out`, or add it; `out` is float32 or of the operands' dtype.
-
-    float32 is multiplied as torch's setting says. The interpreter's CPU multiplies in float32.
-    """
-    if a.device.type == "cpu":
+    """Write a b to `out`, or add it; the interpreter's CPU multiplies in the dtype of `out`."""
+    if a.is_cpu:
         a, b = a.to(out.dtype), b.to(out.dtype)
-    if a.dtype == out.dtype:
-        out.addmm_(a, b) if add else torch.mm(a, b, out=out)
-    elif add:
-        torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
-    else:
-        torch.mm(a, b, out_dtype=out.dtype, out=out)
+    logits.multiply(a, b, out, add)
 
 
 class Gradients:
@@ -87,7 +79,7 @@ class Gradients:
 
     def dtype(self, leaf: Tensor) -> torch.dtype:
         """That of its gradient."""
-        return waiting(leaf) if self._request.grad is None else leaf.dtype
+        return logits.waiting(leaf) if self._request.grad is None else leaf.dtype
 
     @property
     def stride(self) -> int:
@@ -101,12 +93,7 @@ class Gradients:
         return min(n, most) if self.to_operands else n
 
     def over_rows(self, multiple: int, launch: Callable[[slice, Tensor | None], None]) -> None:
-        """Launch a kernel for one block of rows after another, and add the products with its G.
-
-        Args:
-            multiple: of the rows of a block.
-            launch: takes the rows, and [rows, stride] for G where it is asked for.
-        """
+        """Launch a kernel for blocks of rows, with [rows, stride] for G, and add its products."""
         n, p, step = len(self._x), len(self._w), self.rows(multiple)
         g: Tensor | None = None
         if self.to_operands:
@@ -142,11 +129,9 @@ class Gradients:
     def results(
         self, loss: Tensor, details: Sequence[Tensor], of_scalars: Sequence[Tensor | None]
     ) -> tuple[Tensor, ...]:
-        """The results of the operator.
+        """The results of the operator, of the losses of rows [N].
 
-        Args:
-            loss: of each row, [N].
-            of_scalars: of each leaf behind X and W what each row adds to its gradient, [N].
+        `of_scalars` are what rows add to the gradient of each leaf behind X and W.
         """
         request, scalars = self._request, []
         for leaf, of, want in zip(self._leaves[2:], of_scalars, request.wanted[2:], strict=True):

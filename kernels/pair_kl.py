@@ -23,7 +23,7 @@ A column is known when its last row is. So there are several kernels:
 
 Tiles of logits are made by tl.dot in the first and the last, or, where D is large and all fit the
 memory of a block, stored once by the library. Where the parts would not fit it, rows are taken in
-chunks, and the columns' statistics of a chunk are merged with those before.
+chunks, and columns are merged with those before.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ from .tiles import Operands, ceil_div, jit_kernel, logit_tiles, new_float32, til
 ROWS = 64  # of a program of `merge_parts` and `pair_losses`
 OPTIONS = {"num_warps": 2, "enable_fp_fusion": False}  # of their launches
 
-# LOSSES says how many models each loss has: the teachers' 1 + K, the labels' 1. In memory the
-# numbers of a row are [fields, N]: of one loss after the other tops, sums, own and other.
+# LOSSES: how many models each loss has, the teachers' 1 + K, the labels' 1. Numbers of rows lie as
+# [fields, N]: of one loss after the other tops, sums, own and other.
 
 
 @triton.jit
@@ -285,11 +285,12 @@ def compute(
     """The results of at least one pair; with teachers, the labels' loss is the last detail."""
     n, models = len(leaves[0]), len(operands.x)
     k, labels = models - 1, label_weight != 0
-    largest = abs(weight) * numbers.t * numbers.inverse_temperature if k else 0.0
     of_weights = given
     if given is not None and labels:
         of_weights = given.abs().sum(-1, keepdim=True).clamp(min=1)
-    largest += abs(label_weight)
+    largest = abs(label_weight) + (
+        abs(weight) * numbers.t * numbers.inverse_temperature if k else 0
+    )
     gradients = Gradients(leaves, operands, request, None, largest, of_weights)
     numbers = numbers._replace(inverse_count=gradients.inverse_count)
     inputs = Inputs(weights=given).with_gradients(gradients)
@@ -359,6 +360,4 @@ def pair_kl(x: PairKl, request: Request) -> tuple[Tensor, ...]:
         (x.logit_scale, *x.teacher_scales),
     )
     given = None if x.weights is None else x.weights.contiguous()
-    of_losses = getattr(x, "weight", 1.0), getattr(x, "label_weight", 0.0)
-    found = compute(x[:3], request, operands, Numbers.of(x), given, *of_losses)
-    return found if hasattr(x, "weight") else (*found[:4], *found[5:])
+    return compute(x[:3], request, operands, Numbers.of(x), given, x.weight, x.label_weight)

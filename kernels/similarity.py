@@ -7,20 +7,22 @@ One launch. A program makes a tile of X W^T, and adds up the squares of the rows
 it. It multiplies the tile by the norms and the scale in float32, and writes it in the dtype of X:
 no normalised row is rounded, and z is rounded once.
 
-Gradients are two products with an upstream gradient that is given: there is nothing to fuse, and
-`mulki.ops.chunked` makes them.
+Gradients are two products with the upstream gradient G, and plain PyTorch. With u = a x and A =
+G (b W): ds = sum_i <u_i, A_i>, dx = s a (A - u <u, A>), without the last term unless normalised.
 """
 
 from __future__ import annotations
 
+import torch
 import triton.language as tl
 from torch import Tensor
 
-from mulki.ops import chunked, reference
+from mulki.ops import reference
 from mulki.ops.operators import OPERATORS, Request
 from mulki.ops.similarity import SimilarityMatrix
 
-from .tiles import Operands, ceil_div, jit_kernel, tile_of
+from .gradients import multiply
+from .tiles import Operands, ceil_div, jit_kernel, new_float32, tile_of
 
 
 @jit_kernel
@@ -74,7 +76,7 @@ def similarity(x: SimilarityMatrix, request: Request) -> tuple[Tensor, ...]:
     if 0 in (n, p):
         return reference.run(OPERATORS["similarity"], x, request)
     if request.grad is not None:
-        return chunked.run(OPERATORS["similarity"], x, request)
+        return x.features.new_empty(0), *_gradients(x, request, request.grad)
     z = x.features.new_empty((n, p))
     operands = Operands.of((x.features,), (x.prototypes,), (x.scale,))
     tile = tile_of(operands, n)
@@ -82,3 +84,22 @@ def similarity(x: SimilarityMatrix, request: Request) -> tuple[Tensor, ...]:
         operands, z, n, p, x.normalize, tile, **tile.options()
     )
     return z, *(x.scale.new_empty(0) for _ in range(3))
+
+
+def _gradients(x: SimilarityMatrix, request: Request, grad: Tensor) -> list[Tensor]:
+    leaves, found = x[:2], [leaf.new_empty(0) for leaf in x[:3]]
+    norms = [torch.linalg.vector_norm(v, dim=1, keepdim=True, dtype=torch.float32) for v in leaves]
+    inverse = [1 / v.clamp(1e-12) if x.normalize else torch.ones_like(v) for v in norms]
+    for i, g in enumerate((grad.to(x.features.dtype), grad.to(x.features.dtype).mT)):
+        with_scale = i == 0 and request.wanted[2]
+        if request.wanted[i] or with_scale:
+            a, other = new_float32(leaves[i], *leaves[i].shape), leaves[1 - i]
+            multiply(g, (other * inverse[1 - i]).to(other.dtype) if x.normalize else other, a)
+            u = leaves[i] * inverse[i]
+            along = (u * a).sum(1, keepdim=True)
+            if with_scale:
+                found[2] = along.sum().to(x.scale.dtype)
+            if x.normalize:  # a row shorter than the shortest is divided by a constant
+                a = (a - u * along.masked_fill(norms[i] < 1e-12, 0)).mul_(inverse[i])
+            found[i] = a.mul_(x.scale).to(leaves[i].dtype) if request.wanted[i] else found[i]
+    return found

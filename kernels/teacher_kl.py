@@ -402,8 +402,7 @@ def compute(
         )  # fmt: skip
 
     def whole(u: Tensor, spare: Tensor, rows: slice, with_g: bool) -> Tensor:
-        # The losses of rows and their G, given their unscaled logits [1 + K, n, P]; G is written to
-        # memory beside them, in the dtype in which it is multiplied.
+        # From unscaled logits [1 + K, n, P] of rows to their losses, and G in the memory beside.
         g = spare[0].view(dtype_of_g(operands.x[0]))[:, :p]
         columns = min(triton.next_power_of_2(p), 4096 // len(u))
         stored = Tile(1, 16 if u.device.type == "cpu" else columns, 16, 8, 1)
@@ -416,7 +415,7 @@ def compute(
     if size > 2048 and p > tile.columns and gradients.any:
         models = [Products(*of) for of in zip(operands.x, operands.w, strict=True)]
         if len(blocks.Blocks.of(models, rows._WHOLE, True).columns) == 1:
-            loop: Any = rows._run
+            loop: Any = rows.visit
             loop(SimpleNamespace(models=models, whole=whole), gradients)
             return
     gradients.over_rows(tile.rows, lambda rows, g: launch(rows, g, tile))

@@ -1,8 +1,8 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, disable-error-code="assignment,misc"
 """What all kernels share: operands, a tile of X W^T, its size, and how float32 is multiplied.
 
-A kernel takes an integer argument that is 1 or a multiple of 16 for a kernel of its own. Those in
-COUNTS, on which no vectorised load depends, are left out of that, since N and P often change.
+Triton compiles a kernel anew for an integer that is 1 or a multiple of 16, but not for those in
+COUNTS, on which no vectorised load depends: N and P often change.
 """
 
 from __future__ import annotations

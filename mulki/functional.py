@@ -25,7 +25,7 @@ recompilation; a new scale is not, except the second value of a scale that is a 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal, NamedTuple, TypedDict, overload
+from typing import TYPE_CHECKING, Literal, NamedTuple, NoReturn, TypedDict, overload
 
 import torch
 from torch import Tensor
@@ -42,6 +42,7 @@ Reduction = Literal["none", "sum", "mean"]
 
 REDUCTIONS = checks.REDUCTIONS
 PAIR_NAMES = ("image_features", "text_features", "logit_scale")
+_CLASSES = "an int64 tensor of class indices"
 
 
 class TeacherDetails(NamedTuple):
@@ -105,10 +106,11 @@ def prototype_similarity(
     Raises:
         TypeError, ValueError: as `Similarity`.
     """
-    s = Similarity(features, prototypes, scale)
+    checks.inputs(features, prototypes, scale, ("features", "prototypes", "scale"))
+    checks.some_rows("prototypes", prototypes)
     if check_finite:
         checks.finite(features=features, prototypes=prototypes, scale=scale)
-    return ops.similarity.matrix(s.operands, normalize)
+    return ops.similarity.matrix((features, prototypes, scale), normalize)
 
 
 def prototype_cross_entropy(
@@ -139,11 +141,14 @@ def prototype_cross_entropy(
     Raises:
         TypeError, ValueError: naming the argument.
     """
-    _check_similarity("similarity", similarity)
-    checks.is_tensor("target", target, "an int64 tensor of class indices")
-    checks.choice("reduction", reduction, REDUCTIONS)
+    if not isinstance(similarity, Similarity):
+        _explain_no_similarity("similarity", similarity)
+    if not isinstance(target, Tensor):
+        checks.is_tensor("target", target, _CLASSES)
+    if reduction not in REDUCTIONS:
+        checks.choice("reduction", reduction, REDUCTIONS)
     checks.fraction("label_smoothing", label_smoothing)
-    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
+    if type(ignore_index) is not int:
         raise TypeError(f"ignore_index: got {type(ignore_index).__name__}, wanted an int")
     if not -(2**63) <= ignore_index < 2**63:
         raise ValueError(f"ignore_index: got {ignore_index}, wanted 64 bits, as targets have")
@@ -235,21 +240,22 @@ def teacher_kl(
     weighting = _checked_weighting(
         student, teachers, weights, gate, gate_temperature, gate_entropy, gate_label
     )
-    checks.choice("reduction", reduction, REDUCTIONS)
-    checks.real("temperature", temperature)
+    if reduction not in REDUCTIONS:
+        checks.choice("reduction", reduction, REDUCTIONS)
+    checks.temperature("temperature", temperature)
     if class_mask is not None:
         checks.is_tensor("class_mask", class_mask, "a bool tensor")
     if not weighting.uses_target:
         target = None
     elif target is None:
         raise ValueError(f'target: got None, wanted [N] class indices for gate="{gate}"')
-    else:
-        checks.is_tensor("target", target, "an int64 tensor of class indices")
+    elif not isinstance(target, Tensor):
+        checks.is_tensor("target", target, _CLASSES)
     if check_finite:
         _check_finite_models(student, teachers, weights)
     options = float(temperature), scale_by_t2, weights, weighting, target, class_mask, reduction
     others = [teacher.operands for teacher in teachers]
-    loss, *details = ops.teacher_kl.loss(student.operands, others, *options)
+    loss, *details = ops.teacher_kl.loss(student.operands, others, *options, return_details)
     return (loss, TeacherDetails(*details)) if return_details else loss
 
 
@@ -367,14 +373,15 @@ def pair_teacher_kl(
     n, p = student.shape
     if n != p:
         raise ValueError(f"student: got shape [{n}, {p}], wanted as many images as texts")
-    checks.choice("reduction", reduction, REDUCTIONS)
-    checks.real("temperature", temperature)
+    if reduction not in REDUCTIONS:
+        checks.choice("reduction", reduction, REDUCTIONS)
+    checks.temperature("temperature", temperature)
     if check_finite:
         _check_finite_models(student, teachers, weights)
     options = float(temperature), scale_by_t2, weights, weighting, reduction
     others = [teacher.operands for teacher in teachers]
-    loss, *details = ops.pair_kl.loss(student.operands, others, *options)
-    return (loss, TeacherDetails(*details)) if return_details else loss
+    loss, *details = ops.pair_kl.loss(student.operands, others, *options, details=return_details)
+    return (loss, TeacherDetails(*details[:3])) if return_details else loss
 
 
 def clip_contrastive(
@@ -462,8 +469,9 @@ def _checked_weighting(
     gate_label: float | None,
 ) -> Weighting:
     # That of a distillation whose models and weights are what they should be.
-    _check_similarity("student", student)
-    if isinstance(teachers, Similarity) or not isinstance(teachers, Sequence):
+    if not isinstance(student, Similarity):
+        _explain_no_similarity("student", student)
+    if type(teachers) not in (list, tuple) and not isinstance(teachers, Sequence):
         raise TypeError(
             f"teachers: got {type(teachers).__name__}, wanted a sequence of Similarity; "
             f"put a single teacher in a list"
@@ -471,40 +479,39 @@ def _checked_weighting(
     if not teachers:
         raise ValueError("teachers: got none, wanted at least one Similarity")
     for k, teacher in enumerate(teachers):
-        _check_teacher(f"teachers[{k}]", teacher, student)
-    _check_weights(weights, gate, gate_entropy, gate_label)
+        if not isinstance(teacher, Similarity):
+            _explain_no_similarity(f"teachers[{k}]", teacher)
+        _check_teacher(k, teacher, student)
+    if weights is not None:
+        _check_weights(weights, gate, gate_entropy, gate_label)
     return Weighting.of(
         "uniform" if gate is None else gate, gate_temperature, gate_entropy, gate_label
     )
 
 
-def _check_similarity(name: str, value: object) -> None:
-    if not isinstance(value, Similarity):
-        raise TypeError(
-            f"{name}: got {type(value).__name__}, wanted a Similarity; build one with "
-            f"Similarity(features, prototypes, scale)"
-        )
+def _explain_no_similarity(name: str, value: object) -> NoReturn:
+    raise TypeError(
+        f"{name}: got {type(value).__name__}, wanted a Similarity; build one with "
+        f"Similarity(features, prototypes, scale)"
+    )
 
 
-def _check_teacher(name: str, teacher: object, student: Similarity) -> None:
-    _check_similarity(name, teacher)
-    assert isinstance(teacher, Similarity)
-    if (teacher.dtype == torch.float64) != (student.dtype == torch.float64):
+def _check_teacher(k: int, teacher: Similarity, student: Similarity) -> None:
+    got, wanted = teacher.features.dtype, student.features.dtype
+    if got != wanted and torch.float64 in (got, wanted):
         raise TypeError(
-            f"{name}: got dtype {teacher.dtype}, wanted {student.dtype} as the student; "
-            f"cast one to the other"
+            f"teachers[{k}]: got dtype {got}, wanted {wanted} as the student; cast one to the other"
         )
     if teacher.requires_grad:
         raise ValueError(
-            f"{name}: requires grad, but no gradient flows to a teacher; pass teacher.detach()"
+            f"teachers[{k}]: requires grad, but no gradient flows to a teacher; pass "
+            f"teacher.detach()"
         )
 
 
 def _check_weights(
-    weights: Tensor | None, gate: str | None, gate_entropy: float | None, gate_label: float | None
+    weights: Tensor, gate: str | None, gate_entropy: float | None, gate_label: float | None
 ) -> None:
-    if weights is None:
-        return
     of_gate = {"gate": gate, "gate_entropy": gate_entropy, "gate_label": gate_label}
     for name, value in of_gate.items():
         if value is not None:

@@ -9,15 +9,15 @@ from __future__ import annotations
 import os
 import sys
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from types import ModuleType
+from typing import NamedTuple
 
 import torch
 
 from mulki import __version__
 from mulki.ops import backends, loader, torch_private
-from mulki.ops.serving import grouped
 from mulki.runs.environment import environment
 
 # Variables of other packages that decide which kernel runs, or how.
@@ -75,6 +75,27 @@ def info() -> Info:
     )
 
 
+class Group(NamedTuple):
+    """Operators that one backend serves, better ones being rejected for the same reasons."""
+
+    served: backends.Served  # one of them
+    where: str  # device and dtypes in words
+    ops: list[str]
+
+
+def grouped(served: Iterable[backends.Served]) -> list[Group]:
+    """Who serves the operators, gathered for people to read."""
+    dtypes: dict[tuple[str, ...], list[backends.Served]] = {}
+    for one in served:
+        dtypes.setdefault((one.op, one.device_type, one.who, one.reasons), []).append(one)
+    groups: dict[tuple[str, ...], Group] = {}
+    for (op, device, *why), found in dtypes.items():
+        names = " and ".join(str(one.dtype).removeprefix("torch.") for one in found)
+        group = Group(found[0], f"{device}, {names}", [])
+        groups.setdefault((group.where, *why), group).ops.append(op)
+    return list(groups.values())
+
+
 def gpu_names() -> list[str]:
     """The GPUs that torch can use."""
     names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
@@ -109,13 +130,13 @@ def _table(rows: Mapping[str, str]) -> list[str]:
 
 
 def _serving(served: list[backends.Served]) -> list[str]:
-    """One paragraph for all operators that share device, dtypes, sizes, backend and reasons."""
+    """One paragraph for all operators that share device, dtypes, backend and reasons."""
     lines = []
     for group in grouped(served):
-        lines.append(f"  {group.where}: {group.backend}")
+        lines.append(f"  {group.where}: {group.served.who}")
         lines.append(textwrap.indent(textwrap.fill(", ".join(group.ops), 96), " " * 4))
         # A reason holds a command, which a line break would spoil.
-        lines += [f"    not {name}: {why}" for name, why in group.rejected]
+        lines += [f"    not {name}: {why}" for name, why in group.served.rejected.items()]
     return lines
 
 

@@ -42,7 +42,8 @@ class Similarity:
     def __post_init__(self) -> None:
         names = "features", "prototypes", "scale"
         checks.inputs(self.features, self.prototypes, self.scale, names)
-        checks.some_rows("prototypes", self.prototypes)
+        if (self.prototypes.shape[0] > 0) is not True:
+            checks.some_rows("prototypes", self.prototypes)
 
     def __repr__(self) -> str:
         (n, d), p = self.features.shape, len(self.prototypes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 from collections.abc import Callable, Iterator
@@ -13,7 +14,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mulki.clip.features import Features
+from mulki.ops import backends
 from mulki.runs import environment
+
+with contextlib.suppress(ImportError):  # a machine that is lent for GPU tests may not have it
+    from hypothesis import settings
+
+    # In an everyday run few cases, and always the same; `make nightly` draws many and new ones, by
+    # --hypothesis-profile=nightly.
+    settings.register_profile("everyday", derandomize=True, max_examples=25, database=None)
+    settings.register_profile("nightly", max_examples=2000, print_blob=True)
+    settings.load_profile("everyday")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -63,6 +74,13 @@ def git_asked_once() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(environment, "git_state", asked)
         yield
+
+
+@pytest.fixture(autouse=True)
+def environment_read_anew() -> Iterator[None]:
+    """What a test has set chooses no backend in the next one."""
+    yield
+    backends.read_environment()
 
 
 @pytest.fixture(scope="module")

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import gzip
 import os
-import stat
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
@@ -105,24 +102,6 @@ def test_a_written_file_and_its_name_are_on_the_disk(
     monkeypatch.setattr(os, "fsync", fsync)
     write_atomic(tmp_path / "x", "text")
     assert seen == [(tmp_path / "x").stat().st_ino, tmp_path.stat().st_ino]
-
-
-@pytest.mark.skipif(os.name != "posix", reason="folders are not opened")
-@pytest.mark.parametrize(
-    ("code", "in_folder", "fails"),
-    [(errno.EINVAL, True, False), (errno.EINVAL, False, True), (errno.EIO, True, True)],
-)
-def test_a_file_system_that_syncs_no_folders(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, in_folder: bool, fails: bool
-) -> None:
-    def fsync(descriptor: int) -> None:
-        if stat.S_ISDIR(os.fstat(descriptor).st_mode) == in_folder:
-            raise OSError(code, os.strerror(code))
-
-    monkeypatch.setattr(os, "fsync", fsync)
-    with pytest.raises(OSError) if fails else contextlib.nullcontext():
-        write_atomic(tmp_path / "x", "text")
-    assert fails or (tmp_path / "x").read_text() == "text"
 
 
 def test_a_new_folder_replaces_the_old_one_in_one_step(tmp_path: Path) -> None:

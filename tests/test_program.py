@@ -79,6 +79,7 @@ def test_interrupted_process(signalled: Callable[..., Path]) -> None:
     assert matrix.zero_shot is not None and matrix.tasks == ()
 
 
+@pytest.mark.long
 def test_a_process_that_is_asked_to_end_goes_on_later(signalled: Callable[..., Path]) -> None:
     # To all processes, as a job's manager does.
     words = ["--workers", "1", "--augment", "crop", "--iterations", "40"]

@@ -1,7 +1,8 @@
-"""What is run on the bundled tasks: what chooses, and the comparison.
+"""What is run on the bundled tasks: the rows of the comparison, and the table of studies.
 
 A run is a dict of options for `mulki.train.config.run_config.resolve`, without the ones every run
-shares.
+shares. The runs of the comparison are made of the rows below. Those of a study are the lines of
+`results/STUDY.jsonl`: a line has its variant and its options, from which it is run again.
 
 The rules; the first was written down before any of the runs, the others later:
 
@@ -12,7 +13,7 @@ The rules; the first was written down before any of the runs, the others later:
 - Six tasks forget more than three. So the strength of every method with teachers is chosen again
   on orders III and IV, on held-out training images and by the same criterion: 1, 2, 6 times the
   weights of its best point, and on until the best is not the last. That one goes on was added
-  when 6 times was the best of nearly all; that one goes down where 1 is the best was not (`AGAIN`).
+  when 6 times was the best of nearly all; that one goes down where 1 is the best was not (`again`).
 - This was with label smoothing 0.2. Then each method was run there without it and with 0.1. Each
   was best without, so none has any. `er`, `ewc` and `keeplora`, which have no teachers, came later
   and were tuned without it.
@@ -20,7 +21,7 @@ The rules; the first was written down before any of the runs, the others later:
   methods have.
 - So learning rates and strengths of the other methods were chosen under other conditions than
   those of the results. Each row of the six orders' table is run on orders III and IV once more as
-  results are made, with half and twice its rate and its strength (`AGAIN`), MulKI's rows later
+  results are made, with half and twice its rate and its strength (`again`), MulKI's rows later
   than the others. A point takes the place of the preset where its criterion is higher by more than
   0.67, which is what two of them must differ by: of MulKI's forms the difference between the two
   orders has a standard deviation of 0.46. This was written before these runs.
@@ -49,47 +50,39 @@ from itertools import product
 from typing import Any
 
 from mulki.clip.models import BUNDLED
-from mulki.data.made_images import DEFAULT_CHANGES
-from mulki.train.config import presets
 
 Options = dict[str, Any]
 
-# What each method is given beside the tasks: the vocabulary, or captions made of it.
-CURRENT: Options = {"reference": "current"}
-METHODS: dict[str, Options] = {
-    "zero_shot": {},
-    "finetune": {},
-    "wise_ft": {},
-    "lwf": {},
-    "lwf_vr": {},
-    # A running mean as MulKI's was: its own 100 steps are more than a task has here.
-    "zscl": CURRENT | {"we_every": 10},
-    "snd": CURRENT,
-    "mulki": {},
-    "er": {},
-    "ewc": {},
-    "keeplora": {"lora_rank": 16},
-}
-
+_CURRENT: Options = {"reference": "current"}
 # Held on images made of the task's own, in place of the task's own.
-MADE: Options = {"reference": "made"}
-
-# Rates that presets had before a point of `again` replaced them. On made images none was clear, but
-# a method has one preset.
-BEFORE_AGAIN: dict[str, Options] = {"finetune": {"lr": 1e-4}, "snd": {"lr": 2e-4}}
+_MADE: Options = {"reference": "made"}
+# A running mean as MulKI's was: its own 100 steps are more than a task has here.
+_ZSCL: Options = {"method": "zscl", "we_every": 10}
 
 # Rows of the comparison: a method, and what differs from its preset.
 ROWS: dict[str, Options] = {
-    **{name: {"method": name} for name in METHODS},
-    "zscl, made images": MADE | {"method": "zscl"},
-    "snd, made images": MADE | {"method": "snd"} | BEFORE_AGAIN["snd"],
-    "snd, made images, half the rate": MADE | {"method": "snd"},
-    # The best of its forms with adapters (`HELD`).
+    "zero_shot": {"method": "zero_shot"},
+    "finetune": {"method": "finetune"},
+    "wise_ft": {"method": "wise_ft"},
+    "lwf": {"method": "lwf"},
+    "lwf_vr": {"method": "lwf_vr"},
+    "zscl": _ZSCL | _CURRENT,
+    "snd": {"method": "snd"} | _CURRENT,
+    "mulki": {"method": "mulki"},
+    "er": {"method": "er"},
+    "ewc": {"method": "ewc"},
+    "keeplora": {"method": "keeplora", "lora_rank": 16},
+    "zscl, made images": _ZSCL | _MADE,
+    # The rate that the preset had before `again`.
+    "snd, made images": {"method": "snd", "lr": 2e-4} | _MADE,
+    "snd, made images, half the rate": {"method": "snd"} | _MADE,
+    # The best of its forms with adapters (`held`).
     "mulki, adapters": {"method": "mulki", "lora_rank": 16, "lr": 1.6e-3, "l2": 0.0}
     | {"feature": 4.5, "feature_original": 0.25},
 }
 DRAWN_ROWS = ("finetune", "lwf", "lwf_vr", "snd", "snd, made images", "mulki")
 SEEDS = (0, 1, 2)
+# Orders on which something is chosen.
 FORM_ORDERS = ("III", "IV")
 ORDERS = (
     *("I", "II", *FORM_ORDERS),
@@ -103,172 +96,119 @@ SEQUENCES: dict[str, tuple[Options, int]] = {
     "embedded-glyphs": ({"tasks": ("embedded-glyphs",), "iterations": 32}, 5),
 }
 
-# Studies by which something is chosen: no figure of them is of test images.
-CHOICES = ("tune", "strength", "smoothing", "held", "again", "changes", "vit_rates", "vit_stages")
-# Studies of the start model with a transformer.
-OF_VIT = ("vit_rates", "vit_stages", "vit")
-TUNING_TASKS = ("embedded:digits", "embedded:animals", "embedded:letters")
-TUNING_SEEDS = (100, 101)
 
-# Of each method, at the best point and strength that it had with 0.2; of those with a reference set
-# also on images made of the task's own.
-SMOOTHINGS = (0.0, 0.1, 0.2)
+@dataclass(frozen=True)
+class Study:
+    """A study beside the comparison.
 
-# MulKI's forms. The first six came first; the others begin from the best of those.
-_HELD: Options = (
-    {"method": "mulki", "lr": 2e-4, "label_smoothing": 0.0, "l2": 0.0, "alignment": 0.0}
-    | {"hold_on": "made", "reference": "made", "gate": "discrepancy"}
-    | {"image_text": 0.0, "image_image": 0.0, "text_image": 0.0, "text_text": 0.0}
-    | {"image_anchor": 0.0, "feature": 9.0, "feature_original": 0.5}
-)
-_ANCHORS: Options = {"image_anchor": 0.5}
-_BEST: Options = _HELD | {"alignment": 0.25, "l2": 0.1}
-_ADAPTED: Options = _BEST | _ANCHORS | {"lora_rank": 16}
-_UNIFORM: Options = {"gate": "uniform", "feature_original": None}
-HELD: dict[str, Options] = {
-    "features alone (Select-and-Distill)": _HELD,
-    "features and anchors": _HELD | _ANCHORS,
-    "on the task's own images": _HELD | _ANCHORS | {"hold_on": "task"},
-    "on both": _HELD | _ANCHORS | {"hold_on": "both"},
-    "features, anchors, alignment": _HELD | _ANCHORS | {"alignment": 0.25},
-    "features, alignment, l2 0.1": _BEST,
-    "half as strong": _BEST | {"feature": 4.5, "feature_original": 0.25},
-    "twice as strong": _BEST | {"feature": 18.0, "feature_original": 1.0},
-    "anchors 0.5": _BEST | _ANCHORS,
-    "without l2": _BEST | {"l2": 0.0},
-    "without alignment": _BEST | {"alignment": 0.0},
-    "without distillation": _BEST | {"adding": False},
-    "previous teacher alone, features 4": _BEST
-    | _UNIFORM
-    | {"feature": 4.0, "teachers": "previous"},
-    "uniform, features 9 and 0.5": _BEST | {"gate": "uniform"},
-    "lr 1e-4": _BEST | {"lr": 1e-4},
-    "lr 4e-4": _BEST | {"lr": 4e-4},
-    "l2 0.3": _BEST | {"l2": 0.3},
-    "image to prototype 0.25": _BEST | {"image_image": 0.25},
-    "running mean in place of l2": _BEST | {"l2": 0.0, "we_every": 10},
-    "anchors 1.5": _BEST | {"image_anchor": 1.5},
-    "anchors 4.5": _BEST | {"image_anchor": 4.5},
-    "anchors 1.5, features half as strong": _BEST
-    | {"image_anchor": 1.5, "feature": 4.5, "feature_original": 0.25},
-    "anchors 1.5 alone": _BEST | {"image_anchor": 1.5, "feature": 0.0, "feature_original": 0.0},
-    "anchors 4.5 alone": _BEST | {"image_anchor": 4.5, "feature": 0.0, "feature_original": 0.0},
-    "anchors 0.5, image to text 0.25": _BEST | _ANCHORS | {"image_text": 0.25},
-    "anchors 0.5, text to text 0.25": _BEST | _ANCHORS | {"text_text": 0.25},
-    "anchors 0.5, both of these": _BEST | _ANCHORS | {"image_text": 0.25, "text_text": 0.25},
-    "anchors 0.5, without l2": _BEST | _ANCHORS | {"l2": 0.0},
-    "anchors 0.5, without l2, text to text 0.25": _BEST | _ANCHORS | {"l2": 0.0, "text_text": 0.25},
-    "anchors 0.5, lower rates of the first layers, 0.2": _BEST | _ANCHORS | {"lr_first_layer": 0.2},
-    "anchors 0.5, lower rates of the first layers, 0.5": _BEST | _ANCHORS | {"lr_first_layer": 0.5},
+    Args:
+        title, text: of its table; what a row is, and on what it was tested.
+        chooses: whether something is chosen by it, so that it is tested on held-out training
+            images and its runs stay as they are when presets change.
+        of_vit: whether it is of the start model with a transformer.
+        by_row: whether points of one row of the comparison compete, not all of one method.
+    """
+
+    title: str
+    text: str
+    chooses: bool = True
+    of_vit: bool = False
+    by_row: bool = False
+
+
+# In the order of their tables.
+STUDIES = {
+    "gates": Study(
+        "What weighs MulKI's teachers",
+        "The sequence embedded-glyphs, whose steps are related: the previous model is far better "
+        "than the original one. Mean over seeds. mulki: its preset, with the gate discrepancy, "
+        "held on made images; own images: with the same gate, held on those of the task.",
+        chooses=False,
+    ),
+    "vit": Study(
+        "The start model with a transformer",
+        "Orders I and II, 32 steps in a task, methods weighted as on the bundled model. Mean over "
+        "the orders and half of its 95 % interval over them; of two orders it is wide. Seed 0 was "
+        "tested in float32, the others in bfloat16.",
+        chooses=False,
+        of_vit=True,
+    ),
+    "tune": Study(
+        "Tuning",
+        "First three tasks of order I alone, with label smoothing 0.2, er, ewc and keeplora "
+        "without; mean over two seeds. The best point of finetune, wise_ft, er, ewc and keeplora "
+        "is their preset, but that finetune has half the rate since a later study (again); from "
+        "that of the others their strength was chosen.",
+    ),
+    "strength": Study(
+        "Strength",
+        "The best point of the tuning with its weights 1, 2, 6 times as large, and on until the "
+        "best is not the last, on orders III and IV, with label smoothing 0.2, one seed. The best "
+        "one is the preset, but that snd has half the rate since a later study (again). zscl and "
+        "snd were held on the task's own images.",
+    ),
+    "smoothing": Study(
+        "Label smoothing",
+        "Each method at its preset of that time, by label smoothing, on orders III and IV, one "
+        "seed. What lwf, lwf_vr, zscl and snd have with 0.2 is their best row of Strength.",
+    ),
+    "held": Study(
+        "Forms of MulKI",
+        "Without label smoothing, most of them held on images made of the task's own, on orders "
+        "III and IV, one seed. No other method had as many choices.",
+    ),
+    "again": Study(
+        "Rates and strengths once more",
+        "Each method at the preset that it had then, and with another learning rate or strength, "
+        "on orders III and IV, one seed, without label smoothing. A point replaces the preset "
+        "only where it is better by more than 0.67, the least difference that two orders can "
+        "show. So finetune now has the rate 0.00005 and snd 0.0001. The runs of the presets are "
+        "those of Label smoothing and of Forms of MulKI.",
+        by_row=True,
+    ),
+    "changes": Study(
+        "What images are made of",
+        "MulKI at its preset, by what is done to the images, on orders III and IV, one seed. The "
+        "preset has the default ones, which were not chosen by this study.",
+    ),
+    "vit_rates": Study(
+        "Learning rates of the transformer",
+        "The start model with a transformer: each row with shares of its rate on the bundled "
+        "model, so that the best one is neither the smallest nor the largest. First three tasks of "
+        "order I alone, one seed, on two kinds of CPU.",
+        of_vit=True,
+        by_row=True,
+    ),
+    "vit_stages": Study(
+        "MulKI's stages on the transformer",
+        "MulKI as it is in the transformer's table, with one thing changed, at the learning rate "
+        "that was best for it unchanged. First three tasks of order I alone; mean over the seeds. "
+        "Nothing was chosen by it.",
+        of_vit=True,
+    ),
+}
+
+# The runs of the presets that stand beside those of `again`: by row, the study and the variant.
+BESIDE_AGAIN = {
+    "snd, made images": ("smoothing", "snd label_smoothing=0, made images"),
     **{
-        f"anchors 0.5, adapters of rank 16, lr {lr:g}": _ADAPTED | {"lr": lr}
-        for lr in (4e-4, 8e-4, 1.6e-3, 3.2e-3, 6.4e-3)
+        name: ("smoothing", f"{name} label_smoothing=0")
+        for name in ("snd", "lwf_vr", "ewc", "er", "keeplora", "finetune")
     },
-    "anchors 0.5, adapters of rank 16, lr 0.0016, without l2": _ADAPTED | {"lr": 1.6e-3, "l2": 0.0},
-    "anchors 0.5, adapters of rank 16, lr 0.0016, without l2, features half as strong": _ADAPTED
-    | {"lr": 1.6e-3, "l2": 0.0, "feature": 4.5, "feature_original": 0.25},
-    "label smoothing 0.1": _BEST | {"label_smoothing": 0.1},
-    "label smoothing 0.2": _BEST | {"label_smoothing": 0.2},
-}
-
-# How strongly a row of the comparison holds: the half and the double of what it has, and for
-# KeepLoRA the energies next to its own in its grid. Fine-tuning has its learning rate alone.
-_SND_WEIGHTS: list[Options] = [
-    {"previous_weight": 9 * w, "zero_shot_weight": 0.5 * w} for w in (0.5, 2.0)
-]
-AGAIN: dict[str, list[Options]] = {
-    "snd, made images": _SND_WEIGHTS,
-    "snd": _SND_WEIGHTS,
-    "lwf_vr": [{"distill_weight": w} for w in (0.9, 3.6)],
-    "ewc": [{"ewc_lambda": w} for w in (5e3, 2e4)],
-    "er": [{"replay_weight": w} for w in (0.5, 2.0)],
-    "keeplora": [{"energy_image": e} for e in (0.7, 0.95)],
-    "finetune": [],
-    "mulki": [
-        {"feature": 9 * w, "feature_original": 0.5 * w, "image_anchor": 0.5 * w} for w in (0.5, 2.0)
-    ],
-    "mulki, adapters": [
-        {"feature": 4.5 * w, "feature_original": 0.25 * w, "image_anchor": 0.5 * w}
-        for w in (0.5, 2.0)
-    ],
-}
-
-# The forms of MulKI that are rows.
-FORMS = {
-    "mulki": "anchors 0.5",
-    "mulki, adapters": "anchors 0.5, adapters of rank 16, lr 0.0016, without l2, "
-    "features half as strong",
-}
-
-# What is done to images: each change alone, and others beside the default ones.
-_ALL_CHANGES = ("invert", "channels", "average", "enlarge", "cutmix", "blocks", "crop", "noise")
-CHANGED: dict[str, tuple[str, ...]] = {
-    "the default ones": DEFAULT_CHANGES,
-    **{name: (name,) for name in _ALL_CHANGES},
-    "all": _ALL_CHANGES,
-    "without noise": _ALL_CHANGES[:-1],
-}
-
-
-# MulKI by what weighs its teachers, in a sequence of related steps, where the previous model is far
-# better than the original one. Nothing was chosen by it: it is tested on test images.
-_OWN: Options = {"hold_on": "task"}
-GATES: dict[str, Options] = {
-    "mulki": {},
-    "equal weights": {"gate": "uniform", "feature_original": 0.5},
-    "confidence": {"gate": "confidence", "feature_original": 0.5},
-    "previous model alone, features 4": {"teachers": "previous", "gate": "uniform", "feature": 4.0}
-    | {"feature_original": None},
-    "own images": _OWN,
-    **{
-        f"own images, {shown}": _OWN | {"gate": gate, "feature_original": 0.5}
-        for gate, shown in (("uniform", "equal weights"), ("label", "label"), ("loss", "loss"))
-    },
-}
-
-
-# The start model with a transformer: options of every run, shares of the bundled model's learning
-# rate that were tried, and the rows of its table with the best share. Without warm-up the first
-# step damages this model (docs/training.md).
-VIT: Options = {"iterations": 32, "warmup": 8, "lock_text": True, "precision": "amp_bf16"}
-VIT_TRIED = {
-    "finetune": (0.01, 0.03, 0.1, 0.3),
-    **dict.fromkeys(("lwf_vr", "snd, made images", "keeplora", "mulki"), (0.03, 0.1, 0.3)),
-    "mulki, adapters": (0.1, 0.3, 1.0, 3.0),
-}
-VIT_SHARES = {
-    "finetune": 0.03,
-    "lwf_vr": 0.1,
-    "snd, made images": 0.1,
-    "keeplora": 0.1,
-    "mulki": 0.1,
-    "mulki, adapters": 1.0,
-}
-VIT_ORDERS = ("I", "II")
-# MulKI on it with one thing changed.
-VIT_STAGES: dict[str, Options] = {
-    "mulki": {},
-    "without alignment": {"alignment": 0.0},
-    "without l2": {"l2": 0.0},
-    "without text anchors": {"image_anchor": 0.0},
-    "anchors 1.5 in place of features": {"image_anchor": 1.5, "feature": 0.0}
-    | {"feature_original": 0.0},
-    "equal weights": {"gate": "uniform"},
-    "previous teacher alone, features 4": _UNIFORM | {"feature": 4.0, "teachers": "previous"},
-    "image to prototype 0.25": {"image_image": 0.25},
-    "image to text 0.25": {"image_text": 0.25},
-    "on the task's own images": {"hold_on": "task"},
-    "running mean in place of l2": {"l2": 0.0, "we_every": 5},
-    "lower rates of the first layers, 0.5": {"lr_first_layer": 0.5},
+    "mulki": ("held", "anchors 0.5"),
+    "mulki, adapters": (
+        "held",
+        "anchors 0.5, adapters of rank 16, lr 0.0016, without l2, features half as strong",
+    ),
 }
 
 
 @dataclass(frozen=True)
 class Run:
-    """One run of a study.
+    """One run.
 
     Args:
-        study: one of `CHOICES`, or compare, gates or vit, for tables.
+        study: one of `STUDIES`, or compare.
         variant: what distinguishes it within the study, for tables.
         options: as above.
         model: the start model, as `mulki run` takes it.
@@ -280,210 +220,13 @@ class Run:
     model: str = BUNDLED
 
 
-_RATES = (5e-5, 1e-4, 2e-4, 4e-4)
-_LOW_RATES = (2.5e-5, 5e-5, 1e-4, 2e-4)
-GRIDS: dict[str, list[Options]] = {
-    # The learning rate is all it has, so it has twelve.
-    "finetune": [
-        {"lr": lr}
-        for lr in (2e-5, 3e-5, 4e-5, 6e-5, 8e-5, 1e-4, 1.3e-4, 1.6e-4, 2e-4, 2.6e-4, 3.2e-4, 4e-4)
-    ],
-    # Its best point was in a corner, at 5e-5 and 0.1, so both are moved on.
-    "lwf": [{"lr": lr, "distill_weight": w} for lr in _LOW_RATES for w in (0.03, 0.1, 0.3)],
-    "lwf_vr": [{"lr": lr, "distill_weight": w} for lr in _RATES for w in (0.1, 0.3, 1.0)],
-    # Its first grid had 0.3 in place of 0.9, and its best point at 0.8.
-    "wise_ft": [{"lr": lr, "alpha": a} for lr in _RATES for a in (0.5, 0.8, 0.9)],
-    # Its first grid had 3.0 and 1.0 in place of 0.03 and 0.1, and its best points at 0.3 and 0.1.
-    "zscl": [
-        {"lr": lr, "image_loss": w, "text_loss": w} for lr in _RATES for w in (0.03, 0.1, 0.3)
-    ],
-    # Its first grid had 0.1 in place of 3.0, and its best point at 1.0.
-    "snd": [
-        {"lr": lr, "previous_weight": 9 * w, "zero_shot_weight": 0.5 * w}
-        for lr in _RATES
-        for w in (0.3, 1.0, 3.0)
-    ],
-    # Its first grid had 4e-4 in place of 2.5e-5, and its best point at 5e-5.
-    "er": [{"lr": lr, "replay_weight": w} for lr in _LOW_RATES for w in (0.3, 1.0, 3.0)],
-    "ewc": [{"lr": lr, "ewc_lambda": w} for lr in _RATES for w in (1e3, 1e4, 1e5)],
-    # Adapters of rank 16 take higher rates than all weights. Its first grid had 2e-4 in place of
-    # 3.2e-3, and its best point at 1.6e-3.
-    "keeplora": [
-        {"lr": lr, "energy_image": e}
-        for lr in (4e-4, 8e-4, 1.6e-3, 3.2e-3)
-        for e in (0.7, 0.85, 0.95)
-    ],
-}
-# Tuned without label smoothing; the others with 0.2, that of ZSCL's code.
-TUNED_WITHOUT_SMOOTHING = ("er", "ewc", "keeplora")
-# Best points of the methods with teachers; what is not a learning rate is a weight.
-TUNED: dict[str, Options] = {
-    "lwf": {"lr": 5e-5, "distill_weight": 0.1},
-    "lwf_vr": {"lr": 1e-4, "distill_weight": 0.3},
-    "zscl": {"lr": 1e-4, "image_loss": 0.1, "text_loss": 0.1},
-    "snd": {"lr": 2e-4, "previous_weight": 9.0, "zero_shot_weight": 0.5},
-}
-# The best of LwF was 18.
-STRENGTHS: dict[str, tuple[int, ...]] = dict.fromkeys(TUNED, (1, 2, 6, 18)) | {
-    "lwf": (1, 2, 6, 18, 54)
-}
-
-
-def tuning(method: str) -> list[Run]:
-    """The grid of a method, over the tuning seeds."""
-    return [
-        Run(
-            "tune",
-            f"{method} {_shown(point)}",
-            {"tasks": TUNING_TASKS, "seed": seed} | _as_tuned(method) | point,
-        )
-        for point, seed in product(GRIDS[method], TUNING_SEEDS)
-    ]
-
-
-def strengths(method: str) -> list[Run]:
-    """A method's best point and stronger ones, over the orders that are kept apart."""
-    points = [at(method, strength) for strength in STRENGTHS[method]]
-    given = _as_tuned(method)
-    return _kept_apart("strength", {f"{method} {_shown(of)}": given | of for of in points})
-
-
-def smoothing(method: str) -> list[Run]:
-    """A method at its best strength, by label smoothing, over the orders that are kept apart."""
-    given = {"method": method} | METHODS[method] | _preset_before_again(method)
-    kinds = {"": given}
-    if "reference" in given:
-        kinds[", made images"] = given | MADE
-    points = {
-        f"{method} label_smoothing={value:g}{kind}": options | {"label_smoothing": value}
-        for value, (kind, options) in product(SMOOTHINGS, kinds.items())
-    }
-    return _kept_apart("smoothing", points)
-
-
-def held() -> list[Run]:
-    """MulKI's forms without label smoothing, over the orders that are kept apart."""
-    return _kept_apart("held", HELD)
-
-
-def again() -> list[Run]:
-    """Every row by its learning rate and by how strongly it holds, as results are made."""
-    points: dict[str, Options] = {}
-    for of_rate, (row, strengths_of) in product((False, True), AGAIN.items()):
-        method = ROWS[row]["method"]
-        given = {"lr": _preset_before_again(method)["lr"]} | METHODS[method] | ROWS[row]
-        rates = [{"lr": given["lr"] * share} for share in (0.5, 2.0)]
-        for point in rates if of_rate else strengths_of:
-            points[f"{row}, {_shown(point)}"] = given | point
-    return _kept_apart("again", points)
-
-
-def before_again(row: str) -> tuple[str, str]:
-    """The study and the variant in which a row of `again` was run at its preset."""
-    if row in FORMS:
-        return "held", FORMS[row]
-    method, *kind = row.partition(", ")
-    return "smoothing", f"{method} label_smoothing=0{''.join(kind)}"
-
-
-def changes() -> list[Run]:
-    """MulKI at its preset, by what is done to the images it is held on."""
-    given = {"method": "mulki"}
-    points = {name: given | {"reference_changes": names} for name, names in CHANGED.items()}
-    return _kept_apart("changes", points)
-
-
-def gates(seeds: tuple[int, ...] = SEEDS) -> list[Run]:
-    """MulKI by its gate, on glyphs."""
-    place, _ = SEQUENCES["embedded-glyphs"]
-    return [
-        Run("gates", name, {"method": "mulki", "seed": seed} | place | options)
-        for seed, (name, options) in product(seeds, GATES.items())
-    ]
-
-
-def vit_rates(model: str) -> list[Run]:
-    """Learning rates of every row of the transformer's table, in the tuning's tasks."""
-    place = {"tasks": TUNING_TASKS, "seed": TUNING_SEEDS[0]}
-    return [
-        Run("vit_rates", f"{row}, {share:g} of its rate", place | of_vit(row, share), model)
-        for row, shares in VIT_TRIED.items()
-        for share in shares
-    ]
-
-
-def vit(model: str, seeds: tuple[int, ...] = SEEDS) -> list[Run]:
-    """The table of the start model with a transformer, one seed after the other."""
-    rows = [
-        ("zero_shot", {"method": "zero_shot"} | VIT),
-        *((row, of_vit(row, share)) for row, share in VIT_SHARES.items()),
-    ]
-    # Most of a run is tests. The first seed's were made before they could be in bfloat16.
-    return [
-        Run(
-            "vit",
-            row,
-            {"order": order, "seed": seed}
-            | options
-            | ({"precision_eval": "amp_bf16"} if seed else {}),
-            model,
-        )
-        for seed, order, (row, options) in product(seeds, VIT_ORDERS, rows)
-    ]
-
-
-def vit_stages(model: str) -> list[Run]:
-    """MulKI on the transformer with one thing changed, in the tuning's tasks, seed by seed."""
-    given = {"tasks": TUNING_TASKS} | of_vit("mulki", VIT_SHARES["mulki"])
-    return [
-        Run("vit_stages", name, given | {"seed": seed} | form, model)
-        for seed, (name, form) in product(TUNING_SEEDS, VIT_STAGES.items())
-    ]
-
-
-def of_vit(row: str, share: float) -> Options:
-    """What a row had on the bundled model before `again`, with a share of its learning rate."""
-    method = ROWS[row]["method"]
-    given = _preset_before_again(method) | METHODS[method] | ROWS[row] | VIT
-    return given | {"lr": float(f"{share * given['lr']:.3g}")}
-
-
-def at(method: str, strength: float) -> Options:
-    """A method's best point with its weights times `strength`."""
-    return {
-        name: value if name == "lr" else round(strength * value, 6)
-        for name, value in TUNED[method].items()
-    }
-
-
 def comparison(seeds: tuple[int, ...] = SEEDS) -> list[Run]:
     """Every row over the orders and sequences, one seed after the other."""
     places = {order: ({"order": order}, 0) for order in ORDERS} | SEQUENCES
     runs = []
     for seed, (place, every), (name, row) in product(seeds, places.values(), ROWS.items()):
-        options = METHODS[row["method"]] | row | place | {"seed": seed}
+        options = row | place | {"seed": seed}
         if every and "we_every" in options:
             options["we_every"] = every
         runs.append(Run("compare", name, options))
     return runs
-
-
-def _kept_apart(study: str, points: dict[str, Options]) -> list[Run]:
-    # Runs by variant, over the orders that are kept apart.
-    return [
-        Run(study, variant, {"order": order, "seed": TUNING_SEEDS[0]} | options)
-        for (variant, options), order in product(points.items(), FORM_ORDERS)
-    ]
-
-
-def _preset_before_again(method: str) -> Options:
-    return presets.METHODS[BUNDLED, method] | BEFORE_AGAIN.get(method, {})
-
-
-def _as_tuned(method: str) -> Options:
-    smoothing = 0.0 if method in TUNED_WITHOUT_SMOOTHING else 0.2
-    return {"method": method, "label_smoothing": smoothing} | METHODS[method]
-
-
-def _shown(options: Options) -> str:
-    return " ".join(f"{name}={value:g}" for name, value in options.items())

@@ -16,10 +16,18 @@ import statistics
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
-from torch import nn
 
-from benchmarks.losses.__main__ import MIB, arguments, check, extra_at_peak, timer
-from benchmarks.losses.train import LOSSES
+from benchmarks.losses.__main__ import (
+    LOSSES,
+    MIB,
+    TEACHERS,
+    Case,
+    arguments,
+    check,
+    extra_at_peak,
+    timer,
+    total_of,
+)
 from mulki.bench.call_cost import no_garbage_collection, take_turns
 from mulki.bench.machine import describe_machine, setting_line
 from mulki.bench.providers import setting
@@ -34,16 +42,15 @@ STEP = 512  # of the batch sizes that are tried
 CHECKED = 4096
 
 
-def loss_of(who: str, name: str) -> nn.Module:
-    made: nn.Module = LOSSES[WHO[who][0]][name]()
-    return made
+def case_of(name: str) -> Case:
+    return name, 1.0 if name in TEACHERS else None
 
 
 def memory(who: str, name: str, n: int, width: int) -> float:
     """MiB beyond inputs and gradients."""
     with setting(MULKI_BACKEND=WHO[who][1]):
         given = arguments(name, n, width, torch.float32)
-        return extra_at_peak(loss_of(who, name), given) / MIB
+        return extra_at_peak(total_of(WHO[who][0], case_of(name)), given) / MIB
 
 
 def largest(who: str, name: str, width: int, most: float, limit: int) -> str:
@@ -67,7 +74,7 @@ def times(name: str, n: int, width: int, seconds: float) -> dict[str, float]:
     given = arguments(name, n, width, torch.float32)
 
     def call_of(who: str) -> Callable[[], float]:
-        call = timer(loss_of(who, name), given)
+        call = timer(total_of(WHO[who][0], case_of(name)), given)
 
         def within() -> float:
             with setting(MULKI_BACKEND=WHO[who][1]):
@@ -88,7 +95,7 @@ def table(
         if n <= CHECKED:
             for _, backend in WHO.values():
                 with setting(MULKI_BACKEND=backend):
-                    check(name, n, width)
+                    check(case_of(name), n, width)
     cells = {who: [who] for who in WHO}
     for n in sizes:
         of_size = times(name, n, width, seconds)
@@ -101,7 +108,7 @@ def table(
         yield f"| {' | '.join([*cells[who], largest(who, name, width, most, limit)])} |"
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -113,7 +120,7 @@ def main() -> None:
     parser.add_argument("--mib", type=float, default=2048.0, help="that have to be enough")
     parser.add_argument("--limit", type=int, default=32768, help="the largest batch to try")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     print(f"{setting_line(describe_machine('cpu'))}; float32, D = {args.width}\n")
     options = args.width, args.seconds, args.mib, args.limit

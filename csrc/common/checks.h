@@ -1,5 +1,5 @@
 // Checks that keep a kernel from reading or writing out of bounds: ranks, sizes, dtypes and class
-// indices. Small calls come here first (mulki/ops/direct.py); what is refused is explained by the
+// indices. Small calls come here first (mulki/ops/calls.py); what is refused is explained by the
 // checks of Python, mulki/ops/checks.py.
 //
 // `name` is the argument's name in the schema of the operator.
@@ -65,7 +65,7 @@ inline void check_teachers(
     at::TensorList xs,
     const char* w_name,
     at::TensorList ws,
-    const Tensor& scales,
+    at::TensorList scales,
     const Tensor& student_x,
     const Tensor& student_w) {
   const int64_t k = int64_t(xs.size());
@@ -73,8 +73,11 @@ inline void check_teachers(
   TORCH_CHECK_VALUE(
       int64_t(ws.size()) == k, x_name, ": got ", k, " teachers, wanted ", ws.size(), " as ",
       w_name);
-  check_shape("teacher_scales", scales, {k});
+  TORCH_CHECK_VALUE(
+      int64_t(scales.size()) == k, "teacher_scales: got ", scales.size(), ", wanted ", k, " as ",
+      x_name);
   for (int64_t i = 0; i < k; ++i) {
+    check_shape("teacher_scales", scales[i], {});
     check_matrices(x_name, xs[i], w_name, ws[i]);
     check_dtype(x_name, xs[i], student_x.scalar_type());
     check_shape(x_name, xs[i], {student_x.size(0), xs[i].size(1)});

@@ -3,14 +3,13 @@
 //
 // float: G is multiplied where it is, in tiles [rows][width], and W too, or block by block where it
 // is converted from half precision. bfloat16: each task rounds the part of G that it multiplies; W
-// is packed once. X^T is packed for each super-block. Floats in parts (parts.h): dX as of floats, dW
-// as of bfloat16.
+// is packed once. X^T is packed for each super-block.
 #pragma once
 
 #include "common/parallel.h"
 #include "common/scratch.h"
 #include "core/tiling.h"
-#include "matmul/parts.h"
+#include "matmul/brgemm.h"
 
 namespace mulki {
 
@@ -24,8 +23,6 @@ struct Span { // of rows or columns
 template <typename Engine>
 class GradientProducts {
   using E = typename Engine::Element;
-  using F = typename Engine::Factor;
-  static constexpr int kParts = Engine::kParts;
   using Operand = typename Engine::Operand;
 
  public:
@@ -42,7 +39,7 @@ class GradientProducts {
       pack_w();
     }
     if (wanted_w) {
-      transposed_x_ = Scratch(x.padded * row() * int64_t(sizeof(F)));
+      transposed_x_ = Scratch(x.padded * t_.rows * int64_t(sizeof(E)));
     }
   }
 
@@ -79,24 +76,17 @@ class GradientProducts {
   // `count` rows of the super-block.
   void add_to_w(int64_t t, Span columns, int64_t count, const Sums& out) const {
     const int64_t depth = padded(count);
-    const F* left = transposed_x_.data<F>() + columns.begin * row();
-    if constexpr (std::is_same_v<F, float>) {
-      product(columns.count, t_.width, depth, left, row(), g(t, 0), t_.width, out);
-    } else {
-      const int64_t size = depth * t_.width;
-      const Scratch pairs(kParts * size * int64_t(sizeof(F)));
-      F rows[2][kParts * kTileWidth];
-      for (int64_t i = 0; i < depth; ++i) {
-        split<kParts>(g(t, i), t_.width, rows[i % 2], kTileWidth);
-        for (int64_t part = 0; part < kParts && i % 2 == 1; ++part) {
-          interleave(
-              rows[0] + part * kTileWidth, rows[1] + part * kTileWidth, t_.width,
-              pairs.data<F>() + part * size + (i - 1) * t_.width);
-        }
+    const E* left = transposed_x_.data<E>() + columns.begin * t_.rows;
+    if constexpr (kIsBFloat16<E>) {
+      const Scratch pairs(depth * t_.width * int64_t(sizeof(E)));
+      E rows[2 * kTileWidth];
+      for (int64_t i = 0; i < depth; i += 2) {
+        at::vec::convert<float, E>(g(t, i), rows, 2 * t_.width);
+        interleave(rows, rows + t_.width, t_.width, pairs.data<E>() + i * t_.width);
       }
-      product_of_parts<kParts>(
-          columns.count, t_.width, depth, left, row(), t_.rows, pairs.data<F>(), t_.width, size,
-          out);
+      product(columns.count, t_.width, depth, left, t_.rows, pairs.data<E>(), t_.width, out);
+    } else {
+      product(columns.count, t_.width, depth, left, t_.rows, g(t, 0), t_.width, out);
     }
   }
 
@@ -105,10 +95,6 @@ class GradientProducts {
   // depth. To keep them few, the last super-block is padded with zeros.
   static int64_t padded(int64_t count) {
     return (count + 15) / 16 * 16;
-  }
-  // Elements of a row of X^T.
-  int64_t row() const {
-    return row_of_parts<kParts>(t_.rows);
   }
   float* g(int64_t t, int64_t i) const {
     return g_ + (t * t_.rows + i) * t_.width;
@@ -134,10 +120,7 @@ class GradientProducts {
       for (int64_t from = begin * kStrip; from < std::min(end * kStrip, x_.padded);
            from += kStrip) {
         const int64_t columns = std::min(kStrip, x_.padded - from);
-        // Floats that become parts are transposed before.
-        constexpr bool kSplits = kParts > 1;
-        alignas(64) E floats[kSplits ? kStrip * kMaxRows : 1];
-        E* to = kSplits ? floats : transposed_x_.data<E>() + from * t_.rows;
+        E* to = transposed_x_.data<E>() + from * t_.rows;
         // All rows at once, or for FloatMatrix as many as its conversion buffer holds.
         constexpr int64_t kPart = kIsBFloat16<E> ? kMaxRows : 64;
         alignas(64) E buffer[kIsBFloat16<E> ? 1 : kPart * kStrip];
@@ -148,10 +131,6 @@ class GradientProducts {
         }
         for (int64_t i = 0; i < columns; ++i) {
           std::fill(to + i * t_.rows + count, to + i * t_.rows + padded(count), E(0));
-          if constexpr (kSplits) {
-            F* parts = transposed_x_.data<F>() + (from + i) * row();
-            split<kParts>(to + i * t_.rows, padded(count), parts, t_.rows);
-          }
         }
       }
     });
@@ -162,7 +141,7 @@ class GradientProducts {
   const bool wanted_w_;
   float* const g_;
   Scratch w_pairs_; // bfloat16: W in pairs of rows
-  Scratch transposed_x_; // [D, rows], or the parts of it
+  Scratch transposed_x_; // [D, rows]
 };
 
 } // namespace mulki

@@ -16,7 +16,7 @@
 #include "common/parallel.h"
 #include "common/scratch.h"
 #include "core/tiling.h"
-#include "matmul/parts.h"
+#include "matmul/brgemm.h"
 
 #include <vector>
 
@@ -90,9 +90,9 @@ class Logits {
   void multiply(int64_t model, int64_t tile, int64_t begin, int64_t end, float* out) const {
     const Model& m = models_[model];
     Engine::multiply(
-        *m.x, *m.w,
+        *m.x,
         {first_row_ + begin, begin, end - begin, left_[model].template data<char>(),
-         panel(model, tile - first_tile_), tile * t_.width, t_.valid(tile), t_.width, out});
+         panel(model, tile - first_tile_), t_.valid(tile), t_.width, out});
   }
 
  private:

@@ -217,11 +217,11 @@ struct PairCoefficients {
         row(this->row_lse.size(), 0.0f),
         column(row) {}
 
-  // Adds those of the loss of CLIP.
-  void add_labels(const Upstream& upstream) {
+  // Adds those of `weight` times the loss of CLIP.
+  void add_labels(const Upstream& upstream, double weight = 1) {
     labels.resize(row.size());
     for (int64_t i = 0; i < int64_t(row.size()); ++i) {
-      labels[i] = float(upstream[i] / 2);
+      labels[i] = float(weight * upstream[i] / 2);
       row[i] += labels[i];
       column[i] += labels[i];
     }

@@ -44,8 +44,6 @@ inline void product(
 template <typename T>
 struct Brgemm {
   using Element = T;
-  using Factor = T; // an element is multiplied as kParts of them (parts.h)
-  static constexpr int kParts = 1;
   using Operand = std::conditional_t<kIsBFloat16<T>, BFloat16Matrix, FloatMatrix>;
 
   // Releases the state of the matrix unit when a thread leaves a parallel region.
@@ -89,7 +87,7 @@ struct Brgemm {
   }
 
   // Writes a block of Y in one tile. In the padding the result is 0, or NaN if X is not finite.
-  static void multiply(const Operand& x, const Operand& /*w*/, const TileProduct& y) {
+  static void multiply(const Operand& x, const TileProduct& y) {
     const T* a = x.in_place() ? x.read(y.first, y.rows, 0, x.padded, nullptr).data
                               : static_cast<const T*>(y.left) + y.begin * x.padded;
     const T* b = static_cast<const T*>(y.right);

@@ -168,7 +168,7 @@ struct TileProduct {
   int64_t first, begin,
       rows; // rows of X from `first` on, which are the packed ones from `begin` on
   const void *left, *right; // packed rows of X, and the packed tile of W^T
-  int64_t column, valid, width; // columns of the tile; those from `valid` on are padding
+  int64_t valid, width; // columns of the tile; those from `valid` on are padding
   float* out; // [rows, width]
 };
 

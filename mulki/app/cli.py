@@ -118,7 +118,6 @@ def _dispatch(argv: list[str]) -> int:
         "reproduce": _reproduce,
         "tasks": _tasks,
         "bench": _bench,
-        "prove": _prove,
         "doctor": _doctor,
         "completion": _completion,
     }
@@ -348,22 +347,6 @@ def _completion(argv: list[str]) -> int:
     return 0
 
 
-def _prove(argv: list[str]) -> int:
-    """Show where the Triton kernels are right and faster on this GPU: mulki prove"""
-    from mulki.app.prove import report
-
-    parser = Parser(prog="mulki prove", description=_prove.__doc__)
-    parser.add_argument(
-        "--device", help="cuda, xpu, or one GPU, as cuda:1 (default: every kind of GPU here)"
-    )
-    parser.add_argument(
-        "--again", action="store_true", help="seek verdicts anew that are there already"
-    )
-    parser.add_argument("--limit", type=float, help="seconds for all; what is left is not tried")
-    arguments = parser.parse_args(argv)
-    return report(arguments.device, arguments.again, arguments.limit)
-
-
 def _doctor(argv: list[str]) -> int:
     """What this installation can do, and what mends what it cannot: mulki doctor"""
     import textwrap
@@ -378,7 +361,19 @@ def _doctor(argv: list[str]) -> int:
         "--seconds", type=float, default=10.0, help="of the self-test; 0: none (default: 10)"
     )
     parser.add_argument("--json", action="store_true", help="print the findings as JSON")
+    parser.add_argument(
+        "--kernels",
+        nargs="?",
+        const="",
+        metavar="FILE",
+        help="instead: where the Triton kernels are right and faster on this GPU, kept in FILE "
+        "(default: where the backend auto reads it, in MULKI_CACHE_DIR)",
+    )
     arguments = parser.parse_args(argv)
+    if arguments.kernels is not None:
+        from mulki.app import kernels
+
+        return kernels.report(arguments.kernels)
     if not 0 <= arguments.seconds < math.inf:
         raise InputError(f"--seconds: got {arguments.seconds}, wanted a number of at least 0")
     findings = []

@@ -15,9 +15,8 @@ import torch
 from packaging.requirements import Requirement
 
 from mulki.errors import InputError, counted
-from mulki.info import FOREIGN, gpu_names
+from mulki.info import FOREIGN, gpu_names, grouped
 from mulki.ops import backends, loader
-from mulki.ops.serving import grouped
 from mulki.runs.environment import cores
 
 Level = Literal["ok", "note", "problem"]
@@ -109,11 +108,11 @@ def operators() -> Iterator[Finding]:
         yield Finding("operators", "problem", str(error), "unset MULKI_BACKEND")
         return
     for group in grouped(served):
-        if group.device_type != "cpu" and not torch.accelerator.is_available():
+        if group.served.device_type != "cpu" and not torch.accelerator.is_available():
             continue
-        text = f"{group.where}: {group.backend} serves {counted(len(group.ops), 'operator')}"
-        level: Level = "note" if group.rejected else "ok"
-        yield Finding("operators", level, text, group.reasons or None)
+        text = f"{group.where}: {group.served.who} serves {counted(len(group.ops), 'operator')}"
+        level: Level = "note" if group.served.rejected else "ok"
+        yield Finding("operators", level, text, group.served.reasons or None)
 
 
 def devices() -> Iterator[Finding]:

@@ -12,7 +12,7 @@ from mulki.bench import call_cost, graphs
 from mulki.bench.cases import MODES, Case, Inputs
 from mulki.bench.clocks import Window
 from mulki.bench.losses import Loss
-from mulki.bench.outcomes import Outcome, named, outcome
+from mulki.bench.outcomes import Outcome, outcome
 from mulki.bench.providers import Provider
 
 
@@ -65,7 +65,9 @@ class GraphCalls:
             self._replays["forward"].outputs[0],
             self._replays["both"].outputs,
         )
-        return named(alone, value, gradients, self._inputs)
+        return {"loss": value, "loss without autograd": alone} | {
+            f"gradient of {name}": g for name, g in zip(self._inputs.leaves, gradients, strict=True)
+        }
 
     def seconds(self, mode: str, ahead: bool) -> float:
         window = self._window if ahead else None

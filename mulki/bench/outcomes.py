@@ -1,12 +1,11 @@
 """The outcome of a case, and that of plain PyTorch in chunks of rows where it would be too large.
 
-Every loss is a mean over rows, and a row needs no logits but its own (of the contrastive loss, its
+Every loss is a mean over rows, and a row needs no logits but its own (of the losses over pairs, its
 own of both directions). So a large case is the sum of its chunks, and gradients add up too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -23,19 +22,26 @@ Outcome = dict[str, Tensor]
 CHUNK_LOGITS = 1 << 26
 
 
-def outcome(loss: Loss, inputs: Inputs) -> Outcome:
-    """Run once without autograd and once with it."""
+def upstream_of(value: Tensor, inputs: Inputs) -> Tensor | None:
+    """The gradient of a loss: of a matrix that of the inputs, of rows numbers of both signs."""
+    if value.ndim == 1:
+        return torch.linspace(-1.5, 2, len(value), dtype=value.dtype, device=value.device)
+    return inputs.upstream
+
+
+def outcome(loss: Loss, inputs: Inputs, **options: Any) -> Outcome:
+    """Run once without autograd and once with it.
+
+    Args:
+        options: of the loss, beside those of the inputs.
+    """
     with torch.no_grad():
-        alone = loss(*inputs.arguments)
-    value = loss(*inputs.arguments)
-    gradients = torch.autograd.grad(value, list(inputs.leaves.values()), inputs.upstream)
-    return named(alone, value.detach(), gradients, inputs)
-
-
-def named(alone: Tensor, value: Tensor, gradients: Sequence[Tensor], inputs: Inputs) -> Outcome:
-    """What was computed without autograd and with it, by name."""
-    return {"loss": value, "loss without autograd": alone} | {
-        f"gradient of {name}": g for name, g in zip(inputs.leaves, gradients, strict=True)
+        alone = inputs.call(loss, **options)
+    value = inputs.call(loss, **options)
+    leaves, upstream = inputs.leaves, upstream_of(value, inputs)
+    gradients = torch.autograd.grad(value, list(leaves.values()), upstream)
+    return {"loss": value.detach(), "loss without autograd": alone} | {
+        f"gradient of {name}": g for name, g in zip(leaves, gradients, strict=True)
     }
 
 
@@ -54,41 +60,31 @@ def in_chunks(case: Case, inputs: Inputs, most: int = CHUNK_LOGITS) -> Outcome:
         total += part.detach()
         for sum_, gradient in zip(sums, torch.autograd.grad(part, leaves), strict=True):
             sum_ += gradient
-    rounded = [sum_.to(leaf.dtype) for sum_, leaf in zip(sums, leaves, strict=True)]
-    return named(total, total, rounded, inputs)
+    return {"loss": total, "loss without autograd": total} | {
+        f"gradient of {name}": sum_.to(leaf.dtype)
+        for (name, leaf), sum_ in zip(inputs.leaves.items(), sums, strict=True)
+    }
 
 
 def _part_of_mean(case: Case, arguments: tuple[Any, ...], rows: slice) -> Tensor:
     """What these rows add to the mean over all rows."""
-    count = rows.stop - rows.start
+    x, w, scale, *rest = arguments
     if case.operator == "contrastive":
-        x, w, scale = arguments
         labels = torch.arange(rows.start, rows.stop, device=x.device)
         directions = logits(x[rows], w, scale), logits(w[rows], x, scale)
         loss = sum(F.cross_entropy(z, labels) for z in directions) / 2
-    elif case.operator == "pair_kl":
-        x, w, scale, teachers, target = arguments
-        ((u, v, s),) = teachers
-        sides = ((x, w, u, v), (w, x, v, u))
-        loss = (
-            sum(
-                EAGER["teacher_kl_1"](a[rows], b, scale, ((c[rows], d, s),), target[rows])
-                for a, b, c, d in sides
-            )
-            / 2
-        )
     elif case.operator == "siglip":
-        x, w, scale, bias = arguments
-        z = logits(x[rows], w, scale) + bias
-        signs = torch.full_like(z, -1)
-        signs.diagonal(rows.start).fill_(1)
-        loss = -F.logsigmoid(signs * z).sum() / count
-    else:
-        x, w, scale, *rest = arguments
-        if case.teachers:
-            teachers, target = rest
-            others = tuple((u[rows], v, s) for u, v, s in teachers)
-            loss = EAGER[case.operator](x[rows], w, scale, others, target[rows])
+        loss = EAGER["siglip"](x[rows], w, scale, *rest, offset=rows.start)
+    elif case.teachers:
+        teachers, target = rest
+        of_images = tuple((u[rows], v, s) for u, v, s in teachers)
+        of_texts = tuple((v[rows], u, s) for u, v, s in teachers)
+        if case.operator == "pair_kl":
+            one = EAGER["teacher_kl_1"]
+            loss = one(x[rows], w, scale, of_images, target[rows])
+            loss = (loss + one(w[rows], x, scale, of_texts, target[rows])) / 2
         else:
-            loss = EAGER[case.operator](x[rows], w, scale, rest[0][rows])
-    return loss * (count / case.n)
+            loss = EAGER[case.operator](x[rows], w, scale, of_images, target[rows])
+    else:
+        loss = EAGER[case.operator](x[rows], w, scale, rest[0][rows])
+    return loss * ((rows.stop - rows.start) / case.n)

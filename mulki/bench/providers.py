@@ -19,8 +19,7 @@ import torch
 from mulki.bench import peers
 from mulki.bench.cases import DTYPES, Case
 from mulki.bench.losses import EAGER, MULKI, Loss
-from mulki.ops.backends import choose
-from mulki.ops.proofs import size_of
+from mulki.ops.backends import choose, read_environment
 
 #: The most logits of a call that is captured: beyond, its memory would be missed elsewhere, and
 #: launches take no share of its time.
@@ -81,9 +80,9 @@ def _compiled(case: Case) -> Loss:
 @contextmanager
 def setting(**variables: str) -> Iterator[None]:
     """A context with these environment variables."""
-    # `use_backend` would forget which kernel serves what, and asking for it anew would be timed.
     before = {name: os.environ.get(name) for name in variables}
     os.environ.update(variables)
+    read_environment()
     try:
         yield
     finally:
@@ -91,16 +90,16 @@ def setting(**variables: str) -> Iterator[None]:
             os.environ.pop(name)
             if value is not None:
                 os.environ[name] = value
+        read_environment()
 
 
 def _served(case: Case) -> str:
     several = case.teachers and case.operator != "pair_kl"
     op = "teacher_kl" if several else case.operator
-    setting = os.environ.get("MULKI_BACKEND", "auto")
     kind = torch.device(case.device).type
-    served = choose(op, kind, DTYPES[case.dtype], setting, size_of(case.n, case.p))
-    reasons = "; ".join(f"{name}: {reason}" for name, reason in served.rejected.items())
-    return f"served by {served.backend}" + (f" ({reasons})" if reasons else "")
+    served = choose(op, kind, DTYPES[case.dtype])
+    backend = served.backend if case.n * case.p >= served.least else "chunked"
+    return f"served by {backend}" + (f" ({served.reasons})" if served.rejected else "")
 
 
 def _eager(case: Case) -> Loss:

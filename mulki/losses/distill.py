@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,9 +12,10 @@ from torch import Tensor
 from mulki.distributed import collectives
 from mulki.losses.clip import ClipLoss
 from mulki.losses.pairs import Columns, Pairs, Shard
-from mulki.ops import checks, pair_kl, teacher_kl
-from mulki.ops.arguments import with_bias
+from mulki.ops import checks, pair_kl, teacher_kl, torch_private
+from mulki.ops.arguments import scalar, with_bias
 from mulki.ops.gates import Weighting
+from mulki.ops.pair_kl import PairKl
 from mulki.representation import arguments_shown
 
 Losses = tuple[Tensor, Tensor] | dict[str, Tensor]
@@ -30,8 +32,13 @@ class DistillClipLoss(ClipLoss):
     et al., arXiv 1503.02531). The teacher may have another width than the student, and either may
     have a logit bias, which a softmax does not see. No gradient flows to the teacher.
 
+    On the CPU of one process the sum of the two losses takes one pass over the logits. Weights that
+    a user multiplies them by, or a gradient of one of them alone, are right but take further
+    passes, of which a warning tells once: give the weight as `distill_weight`.
+
     Args:
         temperature: T > 0; open_clip has 1.
+        distill_weight: >= 0, what the second term is multiplied by.
 
     The other arguments are those of `ClipLoss`.
     """
@@ -46,12 +53,17 @@ class DistillClipLoss(ClipLoss):
         use_horovod: bool | None = None,
         *,
         temperature: float = 1.0,
+        distill_weight: float = 1.0,
         group: collectives.Group | None = None,
     ) -> None:
         flags = local_loss, gather_with_grad, cache_labels
         super().__init__(*flags, rank, world_size, use_horovod, group=group)
-        checks.positive("temperature", temperature)
+        checks.temperature("temperature", temperature)
+        checks.finite_number("distill_weight", distill_weight)
+        if distill_weight < 0:
+            raise ValueError(f"distill_weight: got {distill_weight}, wanted a number >= 0")
         self.temperature = temperature
+        self.distill_weight = float(distill_weight)
         self._weigh(Weighting.of("uniform"))
 
     def _weigh(self, weighting: Weighting) -> None:
@@ -107,36 +119,40 @@ class DistillClipLoss(ClipLoss):
                 f"open_clip; compute it under torch.no_grad()",
             )
         teachers = [teacher.detached() for teacher in teachers]
-        shard = self.shard(student, *teachers, gate=self._gate, temperature=self.temperature)
-        # The backward of both losses in one reads upstream gradients: a GPU would be waited for.
-        if shard.world == 1 and student.images.device.type == "cpu":
-            sums = self._sums_in_one_pass(student, teachers)
+        options = {"temperature": self.temperature, "distill_weight": self.distill_weight}
+        shard = self.shard(student, *teachers, gate=self._gate, **options)
+        if shard.world == 1 and _can_be_one_pass(student.images):
+            losses = self._in_one_pass(student, teachers)
         else:
             of_student, *others = (self.columns(shard, pairs) for pairs in (student, *teachers))
+            distilled = (
+                self._distill_sum_of_pairs(student, teachers)
+                if shard.world == 1
+                else self._distill_sum(shard, of_student, others)
+            )
             sums = {
                 "contrastive_loss": self.contrastive_sum(shard, of_student),
-                "distill_loss": torch.add(*self._of_pairs(student, teachers, labels=False))
-                if shard.world == 1
-                else self._distill_sum(shard, of_student, others),
+                "distill_loss": self.distill_weight * distilled,
             }
-        losses = self.reported(shard, sums, self.local_loss)
+            losses = self.reported(shard, sums, self.local_loss)
         return losses if output_dict else (losses["contrastive_loss"], losses["distill_loss"])
 
-    def _sums_in_one_pass(self, student: Pairs, teachers: Sequence[Pairs]) -> dict[str, Tensor]:
-        # Where one process holds the batch, both losses share their products.
-        sums, entropy = self._of_pairs(student, teachers, labels=True)
-        contrastive, kl = sums.unbind()
+    def _in_one_pass(self, student: Pairs, teachers: Sequence[Pairs]) -> dict[str, Tensor]:
+        models = teacher_kl.in_one_dtype(student.operands(), [t.operands() for t in teachers])
+        own, *others = ((x, w, scalar(scale, x)) for x, w, scale in models)
+        options = self.temperature, True, None, self.weighting, "mean", self.distill_weight, 1.0
+        both, *details = pair_kl.loss(own, others, *options)
+        operands = [tensor for model in (own, *others) for tensor in model]
+        contrastive, distill = _Apart.apply(self, both, details, *operands)
         contrastive = with_bias(contrastive, student.bias)
-        return {"contrastive_loss": contrastive, "distill_loss": kl + entropy}
+        return {"contrastive_loss": contrastive, "distill_loss": distill}
 
-    def _of_pairs(
-        self, student: Pairs, teachers: Sequence[Pairs], labels: bool
-    ) -> tuple[Tensor, Tensor]:
-        # The sums of the losses, and of the entropies; rows and columns share their products.
-        options = self.temperature, True, None, self.weighting, "sum", labels
+    def _distill_sum_of_pairs(self, student: Pairs, teachers: Sequence[Pairs]) -> Tensor:
+        # Rows and columns share their products.
+        options = self.temperature, True, None, self.weighting, "sum"
         others = [teacher.operands() for teacher in teachers]
-        loss, _, weights, entropy = pair_kl.loss(student.operands(), others, *options)
-        return loss, self.temperature**2 * (weights * entropy).sum() / 2
+        loss, _, weights, entropy, _ = pair_kl.loss(student.operands(), others, *options)
+        return loss + self.temperature**2 * (weights * entropy).sum() / 2
 
     def _distill_sum(self, shard: Shard, student: Columns, teachers: Sequence[Columns]) -> Tensor:
         looked_at = self.weighting.uses_target
@@ -150,6 +166,80 @@ class DistillClipLoss(ClipLoss):
             total = total + (kl + self.temperature**2 * entropy) / 2
         assert isinstance(total, Tensor)
         return total
+
+
+def _can_be_one_pass(images: Tensor) -> bool:
+    # The backward pass of `_Apart` reads upstream gradients: a GPU would be waited for, and neither
+    # a compiler nor a transform has them.
+    return (
+        images.is_cpu
+        and torch_private.has_values(images)
+        and torch_private.reason() is None
+        and not torch_private.transform_is_active()
+    )
+
+
+class _Apart(torch.autograd.Function):
+    """The contrastive and the distillation loss, of which `both` is the sum.
+
+    Where they have one upstream gradient, so has `both`. Otherwise their gradients are computed
+    anew, each by its own operator.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        module: DistillClipLoss,
+        both: Tensor,
+        details: Sequence[Tensor],  # of pair_kl
+        *operands: Tensor,  # three of the student, then of each teacher
+    ) -> tuple[Tensor, Tensor]:
+        kl, weights, entropy, labels = details
+        ctx.module = module
+        ctx.options = module.temperature, module.distill_weight
+        ctx.set_materialize_grads(False)
+        # Inference tensors, as of frozen teachers, cannot be saved, but a copy can.
+        kept = (one.clone() if one.is_inference() else one for one in (weights, *operands))
+        ctx.save_for_backward(*kept)
+        temperature, weight = ctx.options
+        distill = (weights * (kl + temperature**2 * entropy)).sum() * (weight / 2)
+        return labels.mean(), distill / len(labels)
+
+    @staticmethod
+    def backward(ctx: Any, of_labels: Tensor | None, of_teachers: Tensor | None) -> Any:
+        weights, *operands = ctx.saved_tensors
+        none = [None] * len(operands)
+        if of_labels is None and of_teachers is None:
+            return None, None, None, *none
+        if _are_equal(of_labels, of_teachers):
+            return None, of_labels, None, *none
+        ctx.module.say_once(
+            "weights",
+            "got other gradients of its two losses than those of their sum, which take further "
+            "passes; pass distill_weight=... in place of multiplying the losses",
+        )
+        temperature, weight = ctx.options
+        (images, texts, scale), wanted = operands[:3], list(ctx.needs_input_grad[3:6])
+        found = []
+        if of_labels is not None:
+            gradients = torch.ops.mulki.contrastive(images, texts, scale, of_labels, "mean", wanted)
+            found.append(gradients[-3:])
+        if of_teachers is not None:
+            teachers = operands[3::3], operands[4::3], operands[5::3]
+            x = PairKl(images, texts, scale, *teachers, weights, temperature, weight=weight)
+            found.append(torch.ops.mulki.pair_kl(*x, of_teachers, "mean", wanted)[-3:])
+        sums = [
+            sum(parts) if want else None
+            for parts, want in zip(zip(*found, strict=True), wanted, strict=True)
+        ]
+        return None, None, None, *sums, *none[3:]
+
+
+def _are_equal(one: Tensor | None, other: Tensor | None) -> bool:
+    # Whether values may be read, and are the same.
+    if one is None or other is None or not (torch_private.is_plain(one) and one.is_cpu):
+        return False
+    return torch_private.is_plain(other) and torch.equal(one, other)
 
 
 class DualTeacherClipLoss(DistillClipLoss):
@@ -166,6 +256,7 @@ class DualTeacherClipLoss(DistillClipLoss):
         gate_entropy: a of the gate "blend", see `mulki.functional.teacher_kl`.
         gate_label: b of the gate "blend".
         temperature: T > 0 of both softmax.
+        distill_weight: >= 0, what the second term is multiplied by.
 
     The other arguments are those of `ClipLoss`.
     """
@@ -184,16 +275,18 @@ class DualTeacherClipLoss(DistillClipLoss):
         gate_entropy: float | None = None,
         gate_label: float | None = None,
         temperature: float = 2.0,
+        distill_weight: float = 1.0,
         group: collectives.Group | None = None,
     ) -> None:
         ranks = rank, world_size, use_horovod
         super().__init__(
             *(local_loss, gather_with_grad, cache_labels, *ranks),
             temperature=temperature,
+            distill_weight=distill_weight,
             group=group,
         )
         self._weigh(Weighting.of(gate, gate_temperature, gate_entropy, gate_label))
-        checks.positive("gate_temperature", gate_temperature)
+        checks.temperature("gate_temperature", gate_temperature)
 
     def extra_repr(self) -> str:
         return arguments_shown(self, **self._given, **self.weighting.arguments)

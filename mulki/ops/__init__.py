@@ -6,10 +6,10 @@ The reference is the specification, and its gradient is autograd's; the kernels 
 the CPU) and in kernels/ (Triton, for GPUs) may not change a result beyond rounding.
 
 Shared by all of them: `operators` (the table), `registry` (definition), `autograd` (gradients),
-`backends` (which kernel serves a call), `reference` (the kernel that always does), `loader` (of the
-C++ kernels), `direct` (the short way to them), `checks` (messages), `arguments`, `logits`,
-`namespaces`, `toolchain` (what Triton needs), and `torch_private` (names of torch that are not
-public). `gates` computes the weights of teachers.
+`backends` (which kernel serves a call), `wins` (where Triton's are faster), `reference` (the kernel
+that always does), `loader` (of the C++ kernels), `direct` (the short way to them), `checks`
+(messages), `arguments`, `logits`, `namespaces`, `toolchain` (what Triton needs), and
+`torch_private` (names of torch that are not public). `gates` computes the weights of teachers.
 """
 
 from mulki.ops import (
@@ -21,7 +21,7 @@ from mulki.ops import (
     similarity,
     teacher_kl,
 )
-from mulki.ops.backends import Served, fallbacks, report, share_proofs, use_backend
+from mulki.ops.backends import Served, fallbacks, report, share_kernels, use_backend
 
 __all__ = [
     "Served",
@@ -31,7 +31,7 @@ __all__ = [
     "pair_kl",
     "prototype_cross_entropy",
     "report",
-    "share_proofs",
+    "share_kernels",
     "siglip",
     "similarity",
     "teacher_kl",

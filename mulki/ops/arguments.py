@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,40 +22,54 @@ def rounded(operands: Operands, names: Sequence[str] = ("features", "prototypes"
         TypeError: the dtypes differ outside autocast.
     """
     features, prototypes, scale = operands
-    kind = features.device.type
-    if not autocasting(kind) or features.dtype == torch.float64:
+    if not autocasting(features.device.type) or features.dtype == torch.float64:
         if features.dtype != prototypes.dtype:
             checks.matrices(features, prototypes, names)
         return operands
-    dtype = torch.get_autocast_dtype(kind)
+    dtype = torch.get_autocast_dtype(features.device.type)
     return features.to(dtype), prototypes.to(dtype), scale
+
+
+# Numbers that were passed lately, as tensors; nothing writes to an argument of an operator.
+_numbers: dict[tuple[float, torch.dtype, torch.device], Tensor] = {}
+_MOST_NUMBERS = 64
 
 
 def scalar(value: Tensor | float, like: Tensor) -> Tensor:
     """A 0-d tensor of the wide dtype where `like` is; filling one does not wait for a GPU."""
     dtype = wide(like.dtype)
-    if not isinstance(value, Tensor):
-        if torch.compiler.is_compiling():
-            # torch.compile would take a number that fills a tensor for a constant.
-            return torch.ones((), dtype=dtype, device=like.device) * float(value)
-        return torch.full((), float(value), dtype=dtype, device=like.device)
-    if value.dtype == dtype and value.device == like.device:
-        return value
-    elsewhere = type(value) is Tensor and value.is_cpu and not like.is_cpu
-    traced = torch.compiler.is_compiling() or torch_private.transform_is_active()
-    if elsewhere and not (traced or value.requires_grad):
-        return torch.full((), value.item(), dtype=dtype, device=like.device)
-    return value.to(like.device, dtype)
+    if isinstance(value, Tensor):
+        if value.dtype == dtype and value.device == like.device:
+            return value
+        elsewhere = type(value) is Tensor and value.is_cpu and not like.is_cpu
+        if elsewhere and not value.requires_grad and torch_private.nothing_listens():
+            return torch.full((), value.item(), dtype=dtype, device=like.device)
+        return value.to(like.device, dtype)
+    if torch.compiler.is_compiling():
+        # torch.compile would take a number that fills a tensor for a constant.
+        return torch.ones((), dtype=dtype, device=like.device) * float(value)
+    key = value, dtype, like.device
+    found = _numbers.get(key) if like.is_cpu else None
+    if found is None:
+        # An inference tensor could not be saved for a backward pass.
+        with torch.inference_mode(False):
+            found = torch.full((), float(value), dtype=dtype, device=like.device)
+        # A stream of a GPU, or a mode, may hold what it makes for its own.
+        if like.is_cpu and torch_private.nothing_listens():
+            if len(_numbers) >= _MOST_NUMBERS:
+                _numbers.clear()
+            _numbers[key] = found
+    return found
 
 
-def scalars(values: Sequence[Tensor | float], like: Tensor) -> Tensor:
-    """The same of K values, [K]."""
-    # To compare numbers would make torch.compile take each new one for a constant.
-    if not torch.compiler.is_compiling() and not any(isinstance(v, Tensor) for v in values):
-        first, *others = map(float, values)
-        if all(other == first for other in others):
-            return torch.full((len(values),), first, dtype=wide(like.dtype), device=like.device)
-    return torch.stack([scalar(value, like) for value in values])
+def savable(value: Any) -> Any:
+    """A tensor that autograd can save: a copy of an inference tensor, as frozen prototypes may be.
+
+    Other values are handed back as they are.
+    """
+    if isinstance(value, Tensor) and value.is_inference() and torch.is_grad_enabled():
+        return value.clone()
+    return value
 
 
 def with_bias(loss: Tensor, logit_bias: Tensor | float | None) -> Tensor:
@@ -71,26 +85,27 @@ def with_bias(loss: Tensor, logit_bias: Tensor | float | None) -> Tensor:
 _FORWARD_MODE = "forward-mode differentiation of mulki is not supported; use reverse mode"
 
 
-def refuse_transforms(*groups: Sequence[Tensor | float | None]) -> None:
-    """Raise a RuntimeError where a leaf in one of the groups is differentiated otherwise.
+def refuse_transforms(values: Sequence[Any]) -> None:
+    """Raise a RuntimeError where one of the tensors, also in lists, is differentiated otherwise.
 
     In forward mode autograd would drop the tangent in silence, and the derivative would be zero.
     The gradients of `torch.func` fail in torch, whose message does not say what to do. In compiled
-    code forward mode is refused whatever the leaves are.
+    code forward mode is refused whatever the tensors are.
     """
-    forward_mode = not torch_private.forward_mode_is_off()
-    if torch.compiler.is_compiling():
-        if forward_mode and torch_private.reason() is None:
-            raise RuntimeError(_FORWARD_MODE)
+    if torch_private.nothing_listens():
         return
-    if not (forward_mode or torch_private.transform_is_active()):
-        return
-    for leaf in itertools.chain(*groups):
-        if not isinstance(leaf, Tensor):
+    compiling = torch.compiler.is_compiling()
+    forward_mode = torch_private.forward_mode_may_be_on()
+    if compiling and forward_mode and torch_private.reason() is None:
+        raise RuntimeError(_FORWARD_MODE)
+    for value in values:
+        if isinstance(value, list):
+            refuse_transforms(value)
+        if not isinstance(value, Tensor):
             continue
-        if forward_mode and forward_ad.unpack_dual(leaf).tangent is not None:
+        if forward_mode and forward_ad.unpack_dual(value).tangent is not None:
             raise RuntimeError(_FORWARD_MODE)
-        if torch_private.is_differentiated_by_transform(leaf):
+        if not compiling and torch_private.is_differentiated_by_transform(value):
             raise RuntimeError(
                 "torch.func.grad, vjp and jacrev of mulki are not supported; use "
                 "torch.autograd.grad or backward()"

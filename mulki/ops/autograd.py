@@ -1,34 +1,32 @@
 """Gradients of the operators, by one rule; csrc/autograd.cpp has it in C++ for small calls.
 
 Beside a sum or a mean an operator returns its gradients; the backward pass multiplies them, out of
-place, by an upstream gradient, which on a GPU is not read on the host (but for `pair_kl` with
-labels). On the CPU, where it is 1 and nothing needs the graph after this backward pass, the
-gradients are handed over as they are. For a loss per row the operator is called again, with the
-upstream gradient. The loss is differentiable, the details behind it are not. A gradient has no
-gradient of its own: asking for one raises.
+place, by an upstream gradient, which on a GPU is not read on the host. On the CPU, where it is 1
+and nothing needs the graph after this backward pass, the gradients are handed over as they are. For
+a loss per row the operator is called again, with the upstream gradient. The loss is differentiable,
+the details behind it are not. A gradient has no gradient of its own: asking for one raises.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, get_type_hints
 
 import torch
 from torch import Tensor
 
-from mulki.ops import backends, torch_private
+from mulki.ops import torch_private
 from mulki.ops.namespaces import PUBLIC, SCALED, TAGS
 from mulki.ops.operators import Operator
 
 _OPS = torch.ops.mulki
 
 
-def register(operator: Operator, factor_of_weights: float | None) -> None:
+def register(operator: Operator, factor_of_weights: Callable[[Any], float] | None) -> None:
     """Give an operator its gradients.
 
     Args:
-        factor_of_weights: the gradient of the argument `weights` as a multiple of the first detail;
-            None where there are no weights.
+        factor_of_weights: see `mulki.ops.registry.define`.
     """
     fields, leaves = operator.arguments._fields, operator.leaves
     hints = get_type_hints(operator.arguments)
@@ -43,14 +41,15 @@ def register(operator: Operator, factor_of_weights: float | None) -> None:
             return
         ctx.mark_non_differentiable(*output[1:])
         ctx.reduction = request.reduction
-        ctx.labels = getattr(x, "labels", False)
         ctx.rows = x[0].shape[0] if request.reduction == "mean" else 1
-        ctx.weighted = factor_of_weights is not None and x.weights is not None
+        ctx.factor = None
+        if factor_of_weights is not None and x.weights is not None:
+            ctx.factor = factor_of_weights(x)
         kept = x
-        if request.reduction != "none" and not ctx.labels:
+        if request.reduction != "none":
             # For their shapes and dtypes alone.
             kept = [leaf if leaf.requires_grad else None for leaf in x[:leaves]]
-        of_weights = (x.weights, output[1]) if ctx.weighted else (None, None)
+        of_weights = (None, None) if ctx.factor is None else (x.weights, output[1])
         _save(ctx, [*output[-leaves:], *of_weights, *kept])
 
     def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
@@ -67,19 +66,12 @@ def register(operator: Operator, factor_of_weights: float | None) -> None:
             found: Any = [None] * leaves
         elif ctx.reduction == "none":
             found = getattr(_OPS, operator.name)(*x, grad, "none", needed)[-leaves:]
-        elif ctx.labels:
-            _check_stored(operator.name, x, stored, needed)
-            found = _OPS.pair_kl_gradients(stored, *x, grad, ctx.reduction, needed)
         else:
             _check_stored(operator.name, x, stored, needed)
             found = _multiplied(grad, x, stored, needed, weights)
         result[:leaves] = [one if want else None for one, want in zip(found, needed, strict=True)]
-        if (
-            factor_of_weights is not None
-            and ctx.weighted
-            and ctx.needs_input_grad[fields.index("weights")]
-        ):
-            of_rows = factor_of_weights * (grad[-1] if ctx.labels else grad)
+        if ctx.factor is not None and ctx.needs_input_grad[fields.index("weights")]:
+            of_rows = ctx.factor * grad
             of_rows = of_rows.unsqueeze(-1) if ctx.reduction == "none" else of_rows / ctx.rows
             tie = _tie([*x[:leaves], weights])
             result[fields.index("weights")] = _times(of_rows, divergence, weights, tie)
@@ -88,24 +80,6 @@ def register(operator: Operator, factor_of_weights: float | None) -> None:
     torch.library.register_autograd(
         f"mulki::{operator.name}", backward, setup_context=setup_context, lib=PUBLIC
     )
-
-    class Direct(torch.autograd.Function):
-        # Without `setup_context` of its own, for which torch looks at signatures in every call.
-        @staticmethod
-        def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
-            output = backends.call(operator, *args)
-            setup_context(ctx, args, output)
-            return output
-
-        @staticmethod
-        def backward(ctx: Any, *grads: Any) -> Any:
-            return tuple(None if isinstance(one, list) else one for one in backward(ctx, *grads))
-
-    FUNCTIONS[operator.name] = Direct
-
-
-#: By operator, its call with the same gradients without the dispatcher, which takes longer.
-FUNCTIONS: dict[str, type[torch.autograd.Function]] = {}
 
 
 def _save(ctx: Any, values: Sequence[Any]) -> None:
@@ -200,6 +174,24 @@ def _times(grad: Tensor, stored: Tensor, leaf: Tensor, tie: Tensor | None) -> Te
     if torch_private.is_plain(grad):
         return scaled(grad, stored, leaf)
     return (stored.to(grad.dtype) * grad).to(leaf.dtype)
+
+
+class _Known(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, total: Tensor, g: Tensor, *leaves: Tensor) -> Tensor:
+        ctx.save_for_backward(g, *leaves)
+        return total.view_as(total)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        g, *leaves = ctx.saved_tensors
+        return _times(grad, g, g, _tie(leaves)), *(None,) * (2 + len(leaves))
+
+
+def known(z: Tensor, total: Tensor, g: Tensor, leaves: Sequence[Tensor]) -> Tensor:
+    """`total`, whose gradient by the logits z is g; z is made of these leaves."""
+    found: Tensor = _Known.apply(z, total, g, *leaves)  # type: ignore[no-untyped-call]
+    return found
 
 
 def refuse_double_backward(op: str, what: str) -> None:

@@ -1,31 +1,31 @@
 """Which backend serves an operator, and why the better ones do not; and the call of its kernel.
 
-CPU tensors go to the C++ kernels (`cpp`), all others, as of CUDA (also HIP) and XPU, to the Triton
-ones (`triton`) where a proof says that they are right and faster there (`mulki.ops.proofs`), and
-whatever those do not serve to plain PyTorch in blocks of bounded memory (`chunked`). The reference
-is for float64, unless `chunked` is forced, and for tests.
+CPU tensors go to the C++ kernels (`cpp`). All others, as of CUDA (also HIP) and XPU, go to the
+Triton ones (`triton`) from the size on from which `mulki doctor --kernels` has seen them win on
+this GPU (`mulki.ops.wins`). Whatever those do not serve is plain PyTorch in blocks of bounded
+memory (`chunked`). The reference is for float64, unless `chunked` is forced, and for tests.
 
 `MULKI_BACKEND` (auto, triton, cpp, chunked, reference) and `use_backend` force one.
 `MULKI_STRICT=1`, or any other value but the empty one and 0, turns a fallback into a RuntimeError.
-Both variables are read at every call.
+Both are read at import, and when a `use_backend` begins or ends; see `read_environment`.
 """
 
 from __future__ import annotations
 
-import functools
 import importlib
+import math
 import os
 import threading
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from mulki.ops import checks, prepared, proofs, torch_private
+from mulki.ops import checks, loader, torch_private, wins
 from mulki.ops.logits import autocasting
 from mulki.ops.operators import OPERATORS, Arguments, Operator, Request
 
@@ -38,8 +38,25 @@ ELSEWHERE = ("triton", "chunked")
 
 
 @dataclass(frozen=True)
+class PlainKernel:
+    """An operator in plain PyTorch, by a module of mulki/ops."""
+
+    module: ModuleType
+    operator: Operator
+
+    def __call__(self, x: Arguments, request: Request) -> tuple[Tensor, ...]:
+        found: tuple[Tensor, ...] = self.module.run(self.operator, x, request)
+        return found
+
+    def at_once(self, x: Arguments, reduction: str, details: bool) -> tuple[Tensor, ...] | None:
+        """The loss in training and the details, without the dispatcher, where that is possible."""
+        at_once: Callable[..., tuple[Tensor, ...] | None] = self.module.at_once
+        return at_once(self.operator, x, reduction, details)
+
+
+@dataclass(frozen=True)
 class PlainPyTorch:
-    """Serves all operators on any device, by the function `run` of a module."""
+    """Serves all operators on any device."""
 
     module: str
 
@@ -49,7 +66,7 @@ class PlainPyTorch:
 
     def kernel(self, op: str) -> Kernel:
         """The kernel of `op`; ask `why_not` first."""
-        return functools.partial(importlib.import_module(self.module).run, OPERATORS[op])
+        return PlainKernel(importlib.import_module(self.module), OPERATORS[op])
 
 
 @dataclass(frozen=True)
@@ -62,16 +79,6 @@ class CppKernel:
         return self.overload(*x, *request)
 
 
-@dataclass(frozen=True)
-class TritonKernel:
-    """A kernel of kernels/, whose small calls are kept."""
-
-    function: Kernel
-
-    def __call__(self, x: Arguments, request: Request) -> tuple[Tensor, ...]:
-        return self.function(x, request)
-
-
 class Cpp:
     """The C++ kernels of csrc/, for CPU tensors."""
 
@@ -80,10 +87,7 @@ class Cpp:
             return f"serves CPU tensors, not {device_type}"
         if dtype not in (torch.float32, torch.bfloat16, torch.float16):
             return f"takes float32, bfloat16 and float16, not {dtype}"
-        try:
-            reason: str | None = importlib.import_module("mulki.ops.loader").load()
-        except Exception as error:
-            return _reason(error)
+        reason = loader.load()
         if reason is None and not torch_private.has_cpu_kernel(op):
             return f"the library has no kernel for {op}"
         return reason
@@ -96,21 +100,16 @@ class Triton:
     """The Triton kernels of kernels/, for GPUs; on CPU tensors in Triton's interpreter alone."""
 
     def why_not(self, op: str, device_type: str, dtype: torch.dtype) -> str | None:
-        if device_type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
-            return "runs on CPU tensors in Triton's interpreter alone; set TRITON_INTERPRET=1"
         try:
             lookup = importlib.import_module("mulki.kernels.lookup")
             reason: str | None = lookup.why_not(op, device_type, dtype)
             return reason
-        except Exception as error:
-            return _reason(error)
+        except Exception as error:  # of a Triton that does not fit
+            return f"{type(error).__name__}: {error}"
 
     def kernel(self, op: str) -> Kernel:
-        return TritonKernel(importlib.import_module("mulki.kernels.lookup").kernel(op))
-
-
-def _reason(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}"
+        found: Kernel = importlib.import_module("mulki.kernels.lookup").kernel(op)
+        return found
 
 
 BACKENDS: dict[str, Triton | Cpp | PlainPyTorch] = {
@@ -122,28 +121,67 @@ BACKENDS: dict[str, Triton | Cpp | PlainPyTorch] = {
 
 
 class Served(NamedTuple):
-    """Who serves an operator for one device type, dtype and size of calls."""
+    """Who serves an operator for one device type and dtype."""
 
     op: str
-    device_type: str  # or one device, as "cuda:1"
+    device_type: str
     dtype: torch.dtype
     backend: str
     rejected: dict[str, str]  # the better backends, and why they do not serve it
-    size: str | None = None  # one of `proofs.SIZES`; None for all
+    least: float = 0  # logits of a call, N times P; `chunked` serves smaller ones
+
+    @property
+    def who(self) -> str:
+        """The backend in words."""
+        return f"{self.backend} from {self.least} logits on" if self.least else self.backend
+
+    @property
+    def reasons(self) -> str:
+        """The better backends and why they do not serve, in words; empty where there are none."""
+        return "; ".join(f"{name}: {why}" for name, why in self.rejected.items())
 
 
-class _Forced:
-    """One use of `use_backend`: an object of its own, since two may name the same backend."""
+# By operator, device type and dtype: the kernel of calls with at least so many logits, and that of
+# smaller ones.
+_Kernels = dict[tuple[str, str, torch.dtype], tuple[Kernel, float, Kernel]]
+_Settings = tuple[str, bool, bool]  # the backend, whether strict, whether Triton interprets
 
-    def __init__(self, name: str):
-        self.name = name
-
-
-_forced: tuple[_Forced, ...] = ()  # the one entered last is in force
-_forcing_lock = threading.Lock()
-# Kernels, and why those that should serve in their place fail to.
-_kernels: dict[tuple[Any, ...], tuple[Kernel, str | None]] = {}
+_lock = threading.Lock()
+_forced: tuple[tuple[object, str], ...] = ()  # the one entered last is in force
+_settings: _Settings
+_kernels: _Kernels  # those of the settings
+_kernels_by_settings: dict[_Settings, _Kernels] = {}
 _fallbacks: dict[tuple[str, str, torch.dtype, str], Served] = {}
+
+
+def read_environment() -> None:
+    """Take MULKI_BACKEND, MULKI_STRICT and TRITON_INTERPRET as they are now.
+
+    That happens at import, and when a `use_backend` begins or ends. Who sets them later calls this.
+    """
+    global _settings, _kernels
+    backend = _forced[-1][1] if _forced else os.environ.get("MULKI_BACKEND", "auto")
+    strict = os.environ.get("MULKI_STRICT", "") not in ("", "0")
+    _settings = (backend, strict, os.environ.get("TRITON_INTERPRET") == "1")
+    _kernels = _kernels_by_settings.setdefault(_settings, {})
+
+
+def forget_choices() -> None:
+    """Choose anew at the next calls, and by the environment as it is now."""
+    _kernels_by_settings.clear()
+    read_environment()
+
+
+def share_kernels(group: Any = None) -> None:
+    """Have all ranks take the same kernels, see `mulki.ops.wins.share`.
+
+    All ranks of the group call it, once, before the first loss.
+
+    Args:
+        group: a process group of torch.distributed; None for the default one.
+    """
+    wins.share(group)
+    forget_choices()
 
 
 def call(operator: Operator, *args: Any) -> tuple[Tensor, ...]:
@@ -154,34 +192,16 @@ def call(operator: Operator, *args: Any) -> tuple[Tensor, ...]:
         RuntimeError, ValueError: see `kernel`.
     """
     x, request = operator.split(args)
-    known = None
-    if prepared.calls:  # then a Triton kernel has served
-        known = _key_of(operator, args)
-        kept = prepared.calls.get(known[0])
-        if callable(kept):
-            if x[0].is_cpu:
-                check(operator, x, request, values=request.grad is None)  # it reads values
-            return prepared.again(kept, known[1])
     # Before its gradients are asked for, the values were read in the forward pass.
     check(operator, x, request, values=request.grad is None)
     features, prototypes = x[:2]
     kind = features.device.type
-    # Only the Triton kernels serve some sizes and not others, and calls with gradients or without.
-    sized = "triton" in CANDIDATES.get(kind, ELSEWHERE)
-    size = proofs.size_of(len(features), len(prototypes)) if sized else None
-    gradients = any(request.wanted) if sized else None
-    device = str(features.device) if sized else kind
-    found = kernel(operator.name, device, features.dtype, size, gradients)
+    found = kernel(operator.name, kind, features.dtype, len(features) * len(prototypes))
     if not autocasting(kind):
         return found(x, request)
     # Operands are rounded before the operator; inside, autocast would round the logits.
     with torch.autocast(kind, enabled=False):
         return found(x, request)
-
-
-def _key_of(operator: Operator, args: Sequence[Any]) -> tuple[prepared.Key, list[Tensor]]:
-    # All that the choice of a kernel depends on, and what the kernels do.
-    return prepared.key_of(args, operator.name, _setting(), *proofs.settings())
 
 
 def check(operator: Operator, x: Arguments, request: Request, values: bool) -> None:
@@ -207,110 +227,91 @@ def check(operator: Operator, x: Arguments, request: Request, values: bool) -> N
         checks.on_device("grad", request.grad, x[0].device)
 
 
-def kernel(
-    op: str,
-    device_type: str,
-    dtype: torch.dtype,
-    size: str | None = None,
-    gradients: bool | None = None,
-) -> Kernel:
+def kernel(op: str, device_type: str, dtype: torch.dtype, logits: float = math.inf) -> Kernel:
     """The kernel that serves `op` for tensors of this device type and dtype.
 
     Args:
-        device_type: or one device, as "cuda:1", since cards of one machine may differ.
-        size: of the call, see `proofs.SIZES`; None where no Triton kernel may serve it.
-        gradients: whether the call makes them; None asks for a kernel of both kinds of calls.
+        logits: of the call, N times P.
 
     Raises:
         RuntimeError: a backend that should serve it does not, under MULKI_STRICT.
         ValueError: MULKI_BACKEND names no backend.
     """
-    setting = _setting()
-    # A proof is of how float32 is multiplied, too.
-    numbers = None if size is None else proofs.settings()
-    key = (op, device_type, dtype, size, gradients, setting, numbers)
-    found = _kernels.get(key)
+    found = _kernels.get((op, device_type, dtype))
     if found is None:
-        served = choose(op, device_type, dtype, setting, size, gradients)
-        fallback = None
-        if served.rejected:
-            # What is slower is no failure to serve.
-            if not all(why.startswith(proofs.SLOWER) for why in served.rejected.values()):
-                reasons = "; ".join(f"{name}: {why}" for name, why in served.rejected.items())
-                fallback = (
-                    f"MULKI_STRICT: mulki::{op} for {device_type} tensors of {dtype} falls back to "
-                    f"{served.backend} ({reasons}); unset MULKI_STRICT to allow it"
-                )
-                _refuse_if_strict(fallback)
-            _fallbacks.setdefault((op, device_type, dtype, setting), served)
-            why = served.rejected.get("triton", "")
-            if proofs.WRONG in why:
-                warnings.warn(f"mulki::{op}: the Triton kernel {why}", stacklevel=2)
-        found = _kernels[key] = BACKENDS[served.backend].kernel(op), fallback
-    serving, fallback = found
-    if fallback is not None:
-        _refuse_if_strict(fallback)
-    return serving
+        found = _chosen(op, device_type, dtype)
+    large, least, small = found
+    return large if logits >= least else small
 
 
-def _refuse_if_strict(fallback: str) -> None:
-    if os.environ.get("MULKI_STRICT", "") not in ("", "0"):
-        raise RuntimeError(fallback)
+def may_be_triton(op: str, features: Tensor) -> bool:
+    """Whether a Triton kernel may serve calls with these features; compiled code leaves it open.
 
-
-def _setting() -> str:
-    forced = _forced
-    return forced[-1].name if forced else os.environ.get("MULKI_BACKEND", "auto")
-
-
-def forget_choices() -> None:
-    """Choose anew at the next calls: a proof was made, or the environment has changed."""
-    _kernels.clear()
-    prepared.forget()
-
-
-def share_proofs(group: Any = None) -> None:
-    """Have all ranks take the same kernels: those that the first rank's proofs allow.
-
-    All ranks of the group call it, best before the first loss. A rank whose GPU, driver or versions
-    are not those of the first rank then takes no Triton kernel.
-
-    Args:
-        group: a process group of torch.distributed; None for the default one.
+    Raises:
+        RuntimeError, ValueError: see `kernel`.
     """
-    proofs.share(group)
-    forget_choices()
+    if features.is_cpu and not _settings[2]:
+        return False
+    if torch.compiler.is_compiling():
+        return True
+    found = kernel(op, features.device.type, features.dtype)
+    return not isinstance(found, (CppKernel, PlainKernel))
 
 
-def choose(
-    op: str,
-    device_type: str,
-    dtype: torch.dtype,
-    setting: str = "auto",
-    size: str | None = None,
-    gradients: bool | None = None,
-) -> Served:
+def _chosen(op: str, device_type: str, dtype: torch.dtype) -> tuple[Kernel, float, Kernel]:
+    (setting, strict, _), kernels = _settings, _kernels  # which another thread may change
+    served = choose(op, device_type, dtype, setting)
+    if served.rejected:
+        if strict:
+            raise RuntimeError(
+                f"MULKI_STRICT: mulki::{op} for {device_type} tensors of {dtype} falls back to "
+                f"{served.backend} ({served.reasons}); unset MULKI_STRICT to allow it"
+            )
+        _fallbacks.setdefault((op, device_type, dtype, setting), served)
+    found = BACKENDS[served.backend].kernel(op), served.least, BACKENDS["chunked"].kernel(op)
+    kernels[op, device_type, dtype] = found
+    return found
+
+
+def choose(op: str, device_type: str, dtype: torch.dtype, setting: str | None = None) -> Served:
     """The first backend that serves `op`, among the candidates or after the forced one.
 
-    The Triton kernels serve unasked only what `mulki prove` has shown on this GPU. A setting that
-    is none of NAMES is a ValueError.
+    Unasked the Triton kernels serve only where they have been seen to win. That they have not is no
+    fallback, and no reason is given; `report` gives it.
+
+    Args:
+        setting: one of NAMES; None for the one in force.
+
+    Raises:
+        ValueError: the setting is none of NAMES.
     """
+    setting = _settings[0] if setting is None else setting
     checks.choice("MULKI_BACKEND", setting, NAMES)
     if dtype == torch.float64 and setting != "chunked":
         return Served(op, device_type, dtype, "reference", {})
-    names = CANDIDATES.get(device_type, ELSEWHERE) if setting == "auto" else (setting,)
+    names = _candidates(op, device_type, setting)
     rejected: dict[str, str] = {}
     for name in names:
+        least = 0.0
+        if name == "triton" and setting == "auto":
+            least, _ = wins.least(op, device_type, dtype)
+            if least == math.inf:
+                continue
         reason = BACKENDS[name].why_not(op, device_type, dtype)
-        if reason is None and name == "triton" and setting == "auto":
-            reason = proofs.why_not(op, device_type, dtype, size, gradients)
         if reason is None:
-            return Served(op, device_type, dtype, name, rejected, size)
+            return Served(op, device_type, dtype, name, rejected, least)
         rejected[name] = reason
-    return Served(op, device_type, dtype, "chunked", rejected, size)
+    return Served(op, device_type, dtype, "chunked", rejected)
 
 
-def use_backend(name: str) -> AbstractContextManager[None]:
+def _candidates(op: str, device_type: str, setting: str) -> tuple[str, ...]:
+    names = CANDIDATES.get(device_type, ELSEWHERE) if setting == "auto" else (setting,)
+    # On the CPU similarity is plain PyTorch by design.
+    return ("chunked",) if "cpp" in names and op == "similarity" else names
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
     """A context in which `name` serves the operators: auto, triton, cpp, chunked or reference.
 
     It holds for the whole process, since autograd runs backward passes in threads of its own, and
@@ -320,57 +321,56 @@ def use_backend(name: str) -> AbstractContextManager[None]:
     Raises:
         ValueError: there is no such backend.
     """
-    checks.choice("name", name, NAMES)
-    return _forcing(name)
-
-
-@contextmanager
-def _forcing(name: str) -> Iterator[None]:
     global _forced
-    entry = _Forced(name)
-    with _forcing_lock:
+    checks.choice("name", name, NAMES)
+    entry = object(), name  # two may name the same backend
+    with _lock:
         _forced = (*_forced, entry)
-    # TRITON_INTERPRET, by which Triton serves CPU tensors or does not, may have changed.
-    forget_choices()
+        read_environment()
     try:
         yield
     finally:
         # Threads need not leave in the order in which they came.
-        with _forcing_lock:
+        with _lock:
             _forced = tuple(one for one in _forced if one is not entry)
+            read_environment()
 
 
 def report() -> list[Served]:
     """Who serves every operator in float32 and bfloat16 on every device type that is here.
 
-    On a GPU the sizes of calls are told apart, since proofs do, and calls are
-    reported as in training. Where no GPU is, "cuda" is reported all the same: it says why the
-    Triton kernels are not used.
+    Where no GPU is, "cuda" is reported all the same: it says why the Triton kernels are not used.
+
+    Raises:
+        ValueError: MULKI_BACKEND names no backend.
     """
     available = {"cuda": torch.cuda.is_available(), "xpu": torch.xpu.is_available()}
     gpus = [device_type for device_type, here in available.items() if here] or ["cuda"]
-    setting = _setting()
-
     return [
-        _explain(choose(op, device_type, dtype, setting, size, True), setting)
+        _explained(choose(op, device_type, dtype))
         for device_type in ("cpu", *gpus)
         for op in OPERATORS
         for dtype in (torch.float32, torch.bfloat16)
-        for size in ([None] if device_type == "cpu" else proofs.SIZES)
     ]
 
 
-def _explain(served: Served, setting: str) -> Served:
-    # A backend that was not asked because another is forced is a better one without a reason yet.
-    names = CANDIDATES.get(served.device_type, ELSEWHERE)
-    better = (*names, "reference")
+def _explained(served: Served) -> Served:
+    # With a reason for each better backend that was not asked.
+    better = (*_candidates(served.op, served.device_type, "auto"), "reference")
     place = better.index(served.backend) if served.backend in better else 0
-    unasked = {
-        name: f"{setting} is forced" for name in names[:place] if name not in served.rejected
-    }
-    return served._replace(rejected={**served.rejected, **unasked})
+    reasons = dict(served.rejected)
+    for name in better[:place]:
+        if _settings[0] != "auto":
+            reasons.setdefault(name, f"{_settings[0]} is forced")
+        elif name not in reasons:
+            where = served.op, served.device_type, served.dtype
+            reasons[name] = BACKENDS[name].why_not(*where) or wins.least(*where)[1]
+    return served._replace(rejected=reasons)
 
 
 def fallbacks() -> list[Served]:
     """The fallbacks that have happened in this process, each once."""
     return list(_fallbacks.values())
+
+
+read_environment()

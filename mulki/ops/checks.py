@@ -56,15 +56,25 @@ def finite_number(name: str, value: object, purpose: str = "") -> None:
         raise ValueError(f"{name}: got {value}, wanted a finite number{purpose}")
 
 
-def positive(name: str, value: float) -> None:
-    """A finite number above zero. Raises TypeError, ValueError."""
-    real(name, value)
-    if not 0 < value < math.inf:
+#: Beyond these the square of a temperature is no float32.
+COLDEST, HOTTEST = 1e-18, 1e18
+
+
+def temperature(name: str, value: float) -> None:
+    """A number above zero, and no bool, whose square is a float32. Raises TypeError, ValueError."""
+    if type(value) is float and COLDEST <= value <= HOTTEST:
+        return
+    finite_number(name, value)
+    if not value > 0:
         raise ValueError(f"{name}: got {value}, wanted a positive number")
+    if not COLDEST <= value <= HOTTEST:
+        raise ValueError(f"{name}: got {value}, wanted {COLDEST} to {HOTTEST}")
 
 
 def fraction(name: str, value: float) -> None:
     """A number in [0, 1]. Raises TypeError, ValueError."""
+    if type(value) is float and 0.0 <= value <= 1.0:
+        return
     real(name, value)
     if not 0.0 <= value <= 1.0:
         raise ValueError(f"{name}: got {value}, wanted a number in [0, 1]")
@@ -99,13 +109,22 @@ def inputs(
     Raises:
         TypeError, ValueError: naming the argument.
     """
-    is_tensor(names[0], features)
-    is_tensor(names[1], prototypes)
+    if not (isinstance(features, Tensor) and isinstance(prototypes, Tensor)):
+        is_tensor(names[0], features)
+        is_tensor(names[1], prototypes)
     assert isinstance(features, Tensor) and isinstance(prototypes, Tensor)
     if not _are_matrices(features, prototypes):
         exact = torch.float64 in (features.dtype, prototypes.dtype)
         matrices(features, prototypes, names, exact or not autocasting(features.device.type))
-    scalar(names[2], scale, features.device)
+    if type(scale) is float:
+        return
+    if not (
+        isinstance(scale, Tensor)
+        and scale.ndim == 0
+        and scale.is_floating_point()
+        and scale.device == features.device
+    ):
+        scalar(names[2], scale, features.device)
 
 
 def number(name: str, value: Tensor, features: Tensor) -> None:

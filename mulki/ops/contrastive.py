@@ -13,8 +13,8 @@ from typing import NamedTuple
 import torch.nn.functional as F
 from torch import Tensor
 
-from mulki.ops import checks, direct
-from mulki.ops.arguments import refuse_transforms, rounded, scalar, with_bias
+from mulki.ops import calls, checks
+from mulki.ops.arguments import rounded, scalar, with_bias
 from mulki.ops.logits import Operands, logits
 from mulki.ops.registry import define
 
@@ -50,7 +50,6 @@ def loss(operands: Operands, logit_bias: Tensor | float | None, reduction: str) 
     Raises:
         TypeError, ValueError: naming the argument.
     """
-    refuse_transforms(operands)
     images, texts, scale = rounded(operands, _NAMES)
     x = Contrastive(images, texts, scalar(scale, images))
-    return with_bias(direct.call("contrastive", x, reduction)[0], logit_bias)
+    return with_bias(calls.call("contrastive", x, reduction)[0], logit_bias)

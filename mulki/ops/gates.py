@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -143,9 +143,16 @@ class Weighting(NamedTuple):
         Raises:
             TypeError, ValueError: there is none, or a number is missing, out of range or not its.
         """
+        plain = type(gate) is str and type(temperature) is float and entropy is label is None
+        known = _weightings.get((gate, temperature)) if plain else None
+        if known is not None and known.gate is GATES.get(gate):
+            return known
         found = find_gate(gate)
-        checks.real("gate_temperature", temperature)
-        return cls(found, float(temperature), *found.numbers(entropy, label))
+        checks.temperature("gate_temperature", temperature)
+        weighting = cls(found, float(temperature), *found.numbers(entropy, label))
+        if plain and not torch.compiler.is_compiling():
+            _weightings[gate, temperature] = weighting
+        return weighting
 
     @property
     def numbers(self) -> tuple[float, float, float]:
@@ -173,23 +180,25 @@ class Weighting(NamedTuple):
         return self.gate.needs_target or self.label != 0
 
 
-def row_weights(
-    log_p: Tensor,  # [N, K, P] teachers' log-probabilities at temperature T
-    entropy: Tensor,  # [N, K]
-    gate_entropy: float,  # a
-    gate_label: float,  # b
-    target: Tensor | None,  # [N] int64, wanted where b is not 0
-    gate_temperature: float,
+#: Of gates and temperatures without other numbers: a loss asks for the same one at every step.
+_weightings: dict[tuple[str, float], Weighting] = {}
+
+
+def weights_of(
+    gate: Any,  # with the numbers of a row-wise gate, as the arguments of an operator have
+    entropy: Tensor | None,  # [N, K] of the teachers, where a is not 0
+    at_target: Tensor | None,  # [N, K], their log-probability of the target, where b is not 0
+    like: Tensor,  # [N, K]
 ) -> Tensor:  # [N, K], rows sum to 1
     """The weights of a row-wise gate: the specification of what the operators compute."""
-    score = torch.zeros_like(entropy)
-    if gate_entropy:
-        score = score - gate_entropy * entropy
-    if gate_label:
-        assert target is not None
-        index = target.reshape(-1, 1, 1).expand(-1, log_p.shape[1], 1)
-        score = score + gate_label * log_p.gather(2, index).squeeze(2)
-    return torch.softmax(score / gate_temperature, dim=1)
+    scores, t = [], gate.gate_temperature
+    for value, factor in ((entropy, -gate.gate_entropy), (at_target, gate.gate_label)):
+        if factor:
+            assert value is not None
+            scores.append(value if factor == t else value * (factor / t))
+    if not scores:
+        return torch.full_like(like, 1 / like.shape[1])
+    return torch.softmax(sum(scores[1:], scores[0]), dim=1)
 
 
 def discrepancy(

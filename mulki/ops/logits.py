@@ -8,6 +8,9 @@ is near its teacher.
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -31,6 +34,70 @@ def waiting(leaf: Tensor) -> torch.dtype:
     return wide(leaf.dtype)
 
 
+def multiply(a: Tensor, b: Tensor, out: Tensor, add: bool = False) -> None:
+    # out = a b, or out += a b; a [m, k] and b [k, n] of one dtype, out [m, n] wide.
+    if a.dtype == out.dtype:
+        if add:
+            out.addmm_(a, b)
+        else:
+            torch.mm(a, b, out=out)
+    elif add:
+        torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
+    else:
+        torch.mm(a, b, out_dtype=out.dtype, out=out)
+
+
+@functools.cache
+def multiplies_halves(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether torch multiplies this half precision into float32 there."""
+    a = torch.zeros(16, 16, dtype=dtype, device=device)
+    try:
+        multiply(a, a, a.float(), add=True)
+        multiply(a, a, a.float())
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, TypeError):  # the latter of older versions on the device "meta"
+        return False
+    return True
+
+
+class _HalfProduct(torch.autograd.Function):
+    """X W^T of half precision in float32, where torch has such products."""
+
+    @staticmethod
+    def forward(x: Tensor, w: Tensor) -> Tensor:
+        return torch.mm(x, w.mT, out_dtype=torch.float32)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        x, w = ctx.saved_tensors
+        to_x, to_w = ctx.needs_input_grad
+        g = grad.to(x.dtype)
+        return g @ w if to_x else None, g.mT @ x if to_w else None
+
+
+def product(
+    features: Tensor,  # [N, D]
+    prototypes: Tensor,  # [P, D]
+    scale: Tensor | float,
+) -> Tensor:  # [N, P] wide
+    """z = s X W^T, differentiable, and not rounded."""
+    dtype = wide(features.dtype)
+    if features.dtype != dtype:
+        # float16 has too few small numbers for a gradient.
+        halves = features.dtype == torch.bfloat16 and not features.is_cpu
+        if halves and multiplies_halves(features.device, features.dtype):
+            z: Tensor = _HalfProduct.apply(features, prototypes)  # type: ignore[no-untyped-call]
+            return z * scale
+        features, prototypes = features.to(dtype), prototypes.to(dtype)
+    return (features @ prototypes.mT) * scale
+
+
 def logits(
     features: Tensor,  # [N, D]
     prototypes: Tensor,  # [P, D]
@@ -38,11 +105,24 @@ def logits(
     class_mask: Tensor | None = None,  # [P] bool
 ) -> Tensor:  # [N, P] float32, or float64 for float64 inputs
     """z = s X W^T, masked classes at minus infinity."""
-    dtype = wide(features.dtype)
-    with torch.autocast(features.device.type, enabled=False):
-        z = scale * (features.to(dtype) @ prototypes.to(dtype).mT)
-    z = z.to(dtype)
+    if autocasting(features.device.type):
+        with torch.autocast(features.device.type, enabled=False):
+            z = product(features, prototypes, scale)
+    else:
+        z = product(features, prototypes, scale)
     return z if class_mask is None else z.masked_fill(~class_mask, -torch.inf)
+
+
+def in_range(target: Tensor, classes: int) -> tuple[Tensor, Tensor | None]:
+    """Targets as indices, and those that are no class, whose losses are to become NaN.
+
+    On the CPU they were looked at before: None. On a GPU, where values are not read, an index out
+    of range would end the process's use of it.
+    """
+    if target.is_cpu:
+        return target, None
+    inside = target.clamp(0, classes - 1)
+    return inside, inside != target
 
 
 # Asked once: the compiler of torch 2.11 does not know the function.

@@ -41,6 +41,10 @@ class Operator(NamedTuple):
     # From the arguments to the loss of each row and the details: plain PyTorch on any device,
     # differentiable in the loss.
     reference: Callable[[Arguments], tuple[Tensor, ...]]
+    # From the arguments, "sum" or "mean", and whether details are wanted, to the loss and the
+    # details, for few logits: by the fewest operations, and differentiable by all that the operator
+    # is. There is at least one row.
+    formula: Callable[[Arguments, str, bool], tuple[Tensor, ...]]
     rows: Callable[[Arguments], Shape]  # shape of the loss without a reduction
     details: Callable[[Arguments], Sequence[Shape]]  # shapes, all wide
     averaged: Callable[[Arguments], Tensor | int]  # the rows of a mean

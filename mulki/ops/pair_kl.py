@@ -7,9 +7,9 @@ Weights, divergences and entropies are [2, N, K]: of the rows, then of the colum
 upstream gradients g: G_ij = 1/2 (g_i R_ij + g_j C_ij), with R and C the G of teacher_kl over rows
 and over columns.
 
-With `labels` there are two losses, that of `contrastive` of the same student and this one: the
-losses that open_clip distils with. They come with the gradient of their sum. Where the two have
-other upstream gradients, that is no help, and the gradients are computed anew.
+With a `label_weight` there is that of `contrastive` of the same student besides, from the same
+products: the losses that open_clip distils with, loss_i = weight (row_i + column_i) / 2 +
+label_weight contrastive_i. The losses of `contrastive` alone are one more detail, `labels` [N].
 """
 
 from __future__ import annotations
@@ -20,14 +20,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mulki.ops import checks, contrastive, direct, teacher_kl
-from mulki.ops.arguments import refuse_transforms, scalar
-from mulki.ops.autograd import refuse_double_backward, scaled
+from mulki.ops import calls, checks, contrastive, teacher_kl
+from mulki.ops.arguments import scalar
+from mulki.ops.autograd import known
 from mulki.ops.contrastive import Contrastive
 from mulki.ops.gates import Weighting
-from mulki.ops.logits import Operands, wide
-from mulki.ops.namespaces import PUBLIC, TAGS
-from mulki.ops.operators import OPERATORS
+from mulki.ops.logits import Operands, product, wide
 from mulki.ops.registry import define
 from mulki.ops.teacher_kl import TeacherKl
 
@@ -38,20 +36,23 @@ class PairKl(NamedTuple):
     logit_scale: Tensor  # 0-d
     teacher_image_features: Sequence[Tensor]  # K of [N, D_k]
     teacher_text_features: Sequence[Tensor]  # K of [N, D_k]
-    teacher_scales: Tensor  # [K]
+    teacher_scales: Sequence[Tensor]  # K, each 0-d
     weights: Tensor | None = None  # [2, N, K]; None: those of the gate
     temperature: float = 1.0
     gate_temperature: float = 1.0
     gate_entropy: float = 0.0
     gate_label: float = 0.0
     scale_by_t2: bool = True
-    labels: bool = False
+    weight: float = 1.0
+    label_weight: float = 0.0
 
 
 def check(x: PairKl, *, values: bool = True) -> None:
     contrastive.check(Contrastive(*x[:3]))
-    checks.positive("temperature", x.temperature)
-    checks.positive("gate_temperature", x.gate_temperature)
+    checks.temperature("temperature", x.temperature)
+    checks.temperature("gate_temperature", x.gate_temperature)
+    checks.finite_number("weight", x.weight)
+    checks.finite_number("label_weight", x.label_weight)
     names = "teacher_image_features", "teacher_text_features"
     teacher_kl.check_teachers(x[:2], x[3:6], names)
     if x.weights is not None:
@@ -63,11 +64,11 @@ def _of_sides(x: PairKl) -> tuple[int, int, int]:
     return 2, x.image_features.shape[0], len(x.teacher_image_features)
 
 
-def reference(x: PairKl) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def reference(x: PairKl) -> tuple[Tensor, ...]:
     """The specification, differentiable in the loss.
 
     Returns:
-        loss [N], with labels [2, N]; kl, weights, entropy [2, N, K].
+        loss [N]; kl, weights, entropy [2, N, K]; labels [N], or [0] where their weight is 0.
     """
     own = torch.arange(len(x.image_features), device=x.image_features.device)
     rows = x.image_features, x.text_features, x.logit_scale
@@ -86,10 +87,58 @@ def reference(x: PairKl) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         )
     ]
     loss, kl, used, entropy = (torch.stack(pair) for pair in zip(*sides, strict=True))
-    loss = loss.sum(0) / 2
-    if x.labels:
-        loss = torch.stack([contrastive.reference(Contrastive(*x[:3]))[0], loss])
-    return loss, kl, used, entropy
+    loss, labels = loss.sum(0) * (x.weight / 2), loss.new_empty(0)
+    if x.label_weight:
+        (labels,) = contrastive.reference(Contrastive(*x[:3]))
+        loss = loss + labels * x.label_weight
+    return loss, kl, used, entropy, labels.detach()
+
+
+def formula(x: PairKl, reduction: str, details: bool) -> tuple[Tensor, ...]:
+    """The sum, or the mean over pairs, and the details, by the fewest operations.
+
+    For training on few logits: the gradient by the student's logits is computed with the loss.
+    """
+    z = product(x.image_features, x.text_features, x.logit_scale)
+    t2 = x.temperature**2 if x.scale_by_t2 else 1.0
+    with torch.no_grad():
+        models = [z / x.temperature]
+        teachers = zip(
+            x.teacher_image_features, x.teacher_text_features, x.teacher_scales, strict=True
+        )
+        for images, texts, scale in teachers:
+            models.append(product(images, texts, scale / x.temperature))
+        own = torch.arange(len(z), device=z.device) if x.gate_label else None
+        given = (None, None) if x.weights is None else x.weights
+        sides = [
+            teacher_kl.divergences(models, dim, x, weights, own, details)
+            for dim, weights in zip((1, 0), given, strict=True)
+        ]
+        kl = torch.stack([side[0] for side in sides])
+        weights = torch.stack([side[1] for side in sides])
+        total = (weights * kl).sum() * (x.weight * t2 / 2)
+        g = sides[0][3].add_(sides[1][3]).mul_(x.weight * t2 / (2 * x.temperature))
+        labels = kl.new_empty(0)
+        if x.label_weight:
+            log_q, log_p = torch.log_softmax(z, 1), torch.log_softmax(z, 0)
+            labels = (log_q.diagonal() + log_p.diagonal()) / -2
+            total = total + labels.sum() * x.label_weight
+            g.add_(log_q.exp_().add_(log_p.exp_()), alpha=x.label_weight / 2)
+            g.diagonal().sub_(x.label_weight)
+    total = known(z, total, g, x[:3])
+    if x.weights is not None and x.weights.requires_grad:
+        # Adds zero, with the gradient kl.
+        total = total + ((x.weights - x.weights.detach()) * kl).sum() * (x.weight * t2 / 2)
+    if reduction == "mean":
+        total = total / len(z)
+    if not details:
+        return (total,)
+    entropy = torch.stack([side[2] for side in sides if side[2] is not None])
+    return total, kl * t2, weights, entropy, labels
+
+
+def _of_labels(x: PairKl) -> tuple[int, ...]:
+    return tuple(x.image_features.shape[:1]) if x.label_weight else (0,)
 
 
 define(
@@ -97,45 +146,11 @@ define(
     PairKl,
     check=check,
     reference=reference,
-    rows=lambda x: (2, x.image_features.shape[0]) if x.labels else x.image_features.shape[:1],
-    details=lambda x: [_of_sides(x)] * 3,
-    results=3,
-    factor_of_weights=0.5,
+    details=lambda x: [_of_sides(x)] * 3 + [_of_labels(x)],
+    results=4,
+    formula=formula,
+    factor_of_weights=lambda x: x.weight / 2,
 )
-
-
-@torch.no_grad()
-def _gradients(stored: Sequence[Tensor], *args: Any) -> tuple[Tensor, ...]:
-    x, (grad, reduction, wanted) = OPERATORS["pair_kl"].split(args)
-    assert grad is not None
-    # A GPU is waited for here, so `mulki.losses` asks for both losses in one on the CPU alone.
-    if grad[0] == grad[1]:
-        return tuple(
-            scaled(grad[0], gradient, leaf) if want else leaf.new_empty(0)
-            for leaf, gradient, want in zip(x[:3], stored, wanted, strict=True)
-        )
-    found: tuple[Tensor, ...] = torch.ops.mulki.pair_kl(*x, grad, reduction, wanted)[-3:]
-    return found
-
-
-def _fake_gradients(stored: Sequence[Tensor], *args: Any) -> tuple[Tensor, ...]:
-    return tuple(
-        leaf.new_empty(leaf.shape if want else 0)
-        for leaf, want in zip(args[:3], args[-1], strict=True)
-    )
-
-
-# The backward of both losses in one: `stored` are the gradients of their sum, grad is [2]. What it
-# does depends on a value, so it is one operator for who traces it.
-PUBLIC.define(
-    "pair_kl_gradients(Tensor[] stored, "
-    + OPERATORS["pair_kl"].schema[1:].rpartition("->")[0].replace("Tensor? grad", "Tensor grad")
-    + "-> (Tensor, Tensor, Tensor)",
-    tags=TAGS,
-)
-PUBLIC.impl("pair_kl_gradients", _gradients, "CompositeExplicitAutograd")
-torch.library.register_fake("mulki::pair_kl_gradients", _fake_gradients, lib=PUBLIC)
-refuse_double_backward("pair_kl_gradients", "mulki::pair_kl")
 
 
 def loss(
@@ -146,17 +161,20 @@ def loss(
     weights: Tensor | None,  # [2, N, K], of any floating dtype
     weighting: Weighting,  # where weights are not given
     reduction: str,
-    labels: bool = False,
+    weight: float = 1.0,
+    label_weight: float = 0.0,
+    details: bool = True,
 ) -> tuple[Tensor, ...]:
-    """The sum, the mean over pairs, or a loss per pair [N]; then kl, weights, entropy [2, N, K].
+    """The sum, the mean over pairs, or a loss per pair [N]; then the details.
 
-    With `labels` the loss is [2] or [2, N]: that of `contrastive`, then that of this operator.
-    Student and teachers of different dtypes, none of them float64, are promoted to a common one.
+    Without `details` these may be missing.
+    They are kl, weights and entropy [2, N, K], and with a `label_weight` the losses of
+    `contrastive` [N]. Student and teachers of different dtypes, none of them float64, are promoted
+    to a common one.
 
     Raises:
         TypeError, ValueError: naming the argument.
     """
-    refuse_transforms(student, *teachers, (weights,))
     models = teacher_kl.in_one_dtype(student, teachers)
     (images, texts, scale), *others = models
     of_student = Contrastive(images, texts, scalar(scale, images))
@@ -173,6 +191,6 @@ def loss(
         )
     elif weights is not None:
         weights = weights.to(wide(images.dtype))
-    options: Any = temperature, *weighting.numbers, scale_by_t2, labels
-    x = PairKl(*of_student, *teacher_kl.stacked(others, images), weights, *options)
-    return direct.call("pair_kl", x, reduction)[:4]
+    options: Any = temperature, *weighting.numbers, scale_by_t2, weight, label_weight
+    x = PairKl(*of_student, *teacher_kl.in_lists(others, images), weights, *options)
+    return calls.call("pair_kl", x, reduction, details)[:5]

@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mulki.ops import checks, direct
-from mulki.ops.arguments import refuse_transforms, rounded, scalar
-from mulki.ops.logits import Operands, logits
+from mulki.ops import calls, checks
+from mulki.ops.arguments import rounded, scalar
+from mulki.ops.logits import Operands, in_range, logits, product
 from mulki.ops.registry import define
 
 
@@ -44,15 +44,31 @@ def reference(x: PrototypeCrossEntropy) -> tuple[Tensor]:  # [N]
     if x.class_mask is not None:
         z = z.masked_fill(~x.class_mask, -torch.inf)
     log_q = F.log_softmax(z, dim=1)
-    index = x.target.unsqueeze(1).where(kept, 0)
-    loss = -(1 - x.label_smoothing) * log_q.gather(1, index).where(kept, 0).squeeze(1)
+    index, outside = in_range(x.target.unsqueeze(1).where(kept, 0), len(x.prototypes))
+    loss = log_q.gather(1, index) * (x.label_smoothing - 1)
     if x.label_smoothing:
         active = log_q if x.class_mask is None else log_q.masked_fill(~x.class_mask, 0)
         count = log_q.shape[1] if x.class_mask is None else x.class_mask.sum()
-        loss = loss - x.label_smoothing * (active.sum(dim=1, keepdim=True) / count).where(
-            kept, 0
-        ).squeeze(1)
-    return (loss,)
+        loss = loss - x.label_smoothing * (active.sum(dim=1, keepdim=True) / count)
+    if outside is not None:
+        loss = loss.masked_fill(outside, torch.nan)
+    return (loss.where(kept, 0).squeeze(1),)
+
+
+def formula(x: PrototypeCrossEntropy, reduction: str, details: bool) -> tuple[Tensor]:
+    """The sum, or the mean over rows that are not ignored, by the fewest operations."""
+    of_kept = x.target != x.ignore_index
+    # PyTorch's own gradient of an ignored row is not zero where it holds a NaN.
+    if x.class_mask is None and x.target.is_cpu and of_kept.all():
+        z = product(x.features, x.prototypes, x.scale)
+        smoothing = x.label_smoothing
+        return (F.cross_entropy(z, x.target, label_smoothing=smoothing, reduction=reduction),)
+    total = reference(x)[0].sum()
+    if reduction == "sum":
+        return (total,)
+    count = of_kept.sum()
+    # The mean over no rows is NaN, and has a gradient, zero.
+    return (total / count.clamp(min=1) + 0.0 / count,)
 
 
 define(
@@ -60,6 +76,7 @@ define(
     PrototypeCrossEntropy,
     check=check,
     reference=reference,
+    formula=formula,
     averaged=lambda x: (x.target != x.ignore_index).sum(),
 )
 
@@ -77,8 +94,7 @@ def loss(
     Raises:
         TypeError, ValueError: naming the argument.
     """
-    refuse_transforms(operands)
     features, prototypes, scale = rounded(operands)
     labels = target, class_mask, label_smoothing, ignore_index
     x = PrototypeCrossEntropy(features, prototypes, scalar(scale, features), *labels)
-    return direct.call("prototype_cross_entropy", x, reduction)[0]
+    return calls.call("prototype_cross_entropy", x, reduction)[0]

@@ -38,6 +38,7 @@ def define(
     *,
     check: Callable[..., None],
     reference: Callable[[Any], tuple[Tensor, ...]],
+    formula: Callable[[Any, str, bool], tuple[Tensor, ...]] | None = None,
     leaves: int = 3,
     rows: Callable[[Any], Shape] = lambda x: x[0].shape[:1],
     details: Callable[[Any], Sequence[Shape]] = lambda x: (),
@@ -45,7 +46,7 @@ def define(
     averaged: Callable[[Any], Tensor | int] = lambda x: x[0].shape[0],
     dtype: Callable[[torch.dtype], torch.dtype] = wide,
     reductions: tuple[str, ...] = checks.REDUCTIONS,
-    factor_of_weights: float | None = None,
+    factor_of_weights: Callable[[Any], float] | None = None,
 ) -> None:
     """Define an operator.
 
@@ -54,8 +55,10 @@ def define(
         check: called with the arguments before every kernel; raises where they do not fit. With
             ``values=False`` it reads no values, for the fake kernel.
         reference, leaves, rows, details, averaged, dtype, reductions: see `Operator`.
+        formula: see `Operator`; None for the reference, reduced.
         results: how many details there are.
-        factor_of_weights: the gradient of the field `weights` as a multiple of the first detail.
+        factor_of_weights: of which multiple of the first detail the gradient of the field
+            `weights` is, from the arguments; None where there are no weights.
     """
     hints = get_type_hints(arguments)
     fields = ", ".join(f"{_TYPES[hints[field]]} {field}" for field in arguments._fields)
@@ -63,9 +66,15 @@ def define(
         f"({fields}, Tensor? grad, str reduction, bool[{leaves}] wanted) -> "
         f"({', '.join(['Tensor'] * (1 + results + leaves))})"
     )
-    functions = check, reference, rows, details, averaged, dtype, reductions
+
+    def of_reference(x: Any, reduction: str, details: bool) -> tuple[Tensor, ...]:
+        of_rows, *others = reference(x)
+        return of_rows.mean() if reduction == "mean" else of_rows.sum(), *others
+
+    functions = check, reference, formula or of_reference, rows, details, averaged, dtype
     tensors = [place for place, field in enumerate(arguments._fields) if hints[field] is Tensor]
-    operator = OPERATORS[name] = Operator(name, schema, arguments, leaves, tensors, *functions)
+    operator = Operator(name, schema, arguments, leaves, tensors, *functions, reductions)
+    OPERATORS[name] = operator
     namespaces.PUBLIC.define(name + schema, tags=namespaces.TAGS)
     namespaces.CPP.define(name + schema, tags=namespaces.TAGS)
     for key in KEYS:

@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mulki.ops import checks, direct
-from mulki.ops.arguments import refuse_transforms, rounded, scalar
+from mulki.ops import calls, checks
+from mulki.ops.arguments import rounded, scalar
 from mulki.ops.logits import Operands, logits
 from mulki.ops.registry import define
 
@@ -40,8 +40,9 @@ def check(x: Siglip, *, values: bool = True) -> None:
 def reference(x: Siglip) -> tuple[Tensor]:  # [N]
     """The specification, differentiable."""
     z = logits(x.image_features, x.text_features, x.logit_scale) + x.logit_bias
-    rows, columns = (torch.arange(count, device=z.device) for count in z.shape)
-    signs = 2 * (columns == rows.unsqueeze(1) + x.offset).to(z.dtype) - 1
+    signs = torch.full_like(z, -1, requires_grad=False)
+    if -z.shape[0] < x.offset < z.shape[1]:
+        signs.diagonal(x.offset).fill_(1)
     return (-F.logsigmoid(signs * z).sum(dim=1),)
 
 
@@ -54,7 +55,6 @@ def loss(operands: Operands, logit_bias: Tensor | float, reduction: str, offset:
     Raises:
         TypeError, ValueError: naming the argument.
     """
-    refuse_transforms(operands, (logit_bias,))
     images, texts, scale = rounded(operands, _NAMES)
     x = Siglip(images, texts, scalar(scale, images), scalar(logit_bias, images), offset)
-    return direct.call("siglip", x, reduction)[0]
+    return calls.call("siglip", x, reduction)[0]

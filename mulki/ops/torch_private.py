@@ -3,10 +3,9 @@
 A later torch may rename or change them. They are looked up here, once, at import. Where one is
 missing, where torch is newer than the newest version that was tested, or with
 MULKI_TORCH_PRIVATE=0, the public way is taken: the results are the same, small calls are slower.
-Four things need the private names: gradients through vmap of a mean or sum, vmap of `ClipLoss` and
-`SigLipLoss`, float64 in activation checkpointing and under dispatch modes, and the refusal of
-forward mode in compiled code. `reason` says why, and `mulki.info` shows it. MULKI_TORCH_PRIVATE=1
-uses them with any torch.
+Three things need the private names: gradients through vmap of a mean or sum, vmap of `ClipLoss` and
+`SigLipLoss`, and float64 in activation checkpointing and under dispatch modes. `reason` says why,
+and `mulki.info` shows it. MULKI_TORCH_PRIVATE=1 uses them with any torch.
 """
 
 from __future__ import annotations
@@ -85,14 +84,14 @@ def check(error: type[Exception], fits: bool, message: Callable[[], str]) -> Non
         raise error(message())
 
 
-def forward_mode_is_off() -> bool:
-    """Whether no forward-mode differentiation is under way; False where torch does not say."""
-    return "forward_level" in _private and _private["forward_level"]._current_level < 0
+def forward_mode_may_be_on() -> bool:
+    """Whether forward-mode differentiation is under way; True where torch does not say."""
+    return not _private or _private["forward_level"]._current_level >= 0
 
 
 def transform_is_active() -> bool:
     """Whether a transform of `torch.func` is under way; False where torch does not say."""
-    return "transform" in _private and _private["transform"]() is not None
+    return bool(_private) and _private["transform"]() is not None
 
 
 def is_differentiated_by_transform(value: Tensor) -> bool:
@@ -146,9 +145,18 @@ def is_last_plain_backward(grad: Tensor) -> bool:
     )
 
 
-def is_watched() -> bool:
-    """Whether a mode or a transform sees calls of operators; True where torch does not say."""
-    return not _private or _private["modes"]() != 0 or _private["transform"]() is not None
+def nothing_listens() -> bool:
+    """Whether no compiler, mode, transform or forward-mode differentiation sees what is computed.
+
+    False where torch does not say.
+    """
+    return (
+        not torch.compiler.is_compiling()
+        and bool(_private)
+        and _private["modes"]() == 0
+        and _private["transform"]() is None
+        and _private["forward_level"]._current_level < 0
+    )
 
 
 Tensors = tuple[Tensor, ...]

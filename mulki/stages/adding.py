@@ -106,7 +106,7 @@ def relation_loss(
         TypeError, ValueError: naming the argument.
     """
     # A step has several relations, so they take the operator and not its checks of types.
-    options = temperature, scale_by_t2, weights, UNIFORM, None, None, "mean"
+    options = temperature, scale_by_t2, weights, UNIFORM, None, None, "mean", False
     return teacher_kl.loss(relation(student), [relation(each) for each in teachers], *options)[0]
 
 

@@ -133,8 +133,8 @@ class MulKILoss(nn.Module):
             checks.real(name, value)
             if not (math.isfinite(value) and value >= 0):
                 raise ValueError(f"{name}: got {value}, wanted a coefficient of 0 or more")
-        checks.positive("temperature", temperature)
-        checks.positive("gate_temperature", gate_temperature)
+        checks.temperature("temperature", temperature)
+        checks.temperature("gate_temperature", gate_temperature)
         checks.fraction("label_smoothing", label_smoothing)
         checks.choice("hold_on", hold_on, get_args(HoldOn))
         checks.choice("anchor_texts", anchor_texts, get_args(anchors.TextsOf))

@@ -63,5 +63,5 @@ def gated_relation(
     """
     options = temperature, scale_by_t2, None, weighting, "mean"
     others = [image_text(teacher) for teacher in teachers]
-    loss, _, weights, _ = pair_kl.loss(image_text(student), others, *options)
+    loss, _, weights, *_ = pair_kl.loss(image_text(student), others, *options)
     return loss, weights[0]

@@ -65,6 +65,7 @@ def test_operators_that_fall_back(monkeypatch: pytest.MonkeyPatch) -> None:
     assert finding.remedy == "cpp: not built"
     monkeypatch.undo()
     monkeypatch.setenv("MULKI_BACKEND", "rust")
+    backends.read_environment()
     (finding,) = doctor.operators()
     assert finding.level == "problem" and finding.remedy == "unset MULKI_BACKEND"
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import json
 import runpy
-import subprocess
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -159,23 +158,6 @@ def test_the_module_is_the_command(
     with pytest.raises(SystemExit) as leave:
         runpy.run_module("benchmarks.ops", run_name="__main__")
     assert leave.value.code == 2 and "--ops: got gone" in capsys.readouterr().err
-
-
-def test_the_smallest_case_under_pytest_benchmark() -> None:
-    pytest.importorskip("pytest_benchmark")
-    command = [sys.executable, "-m", "pytest", "benchmarks", "-q", "--benchmark-disable"]
-    chosen = "64x100x512 and float32 and not compile and not chunked"
-    done = subprocess.run(
-        [*command, "-k", chosen, "-p", "no:cacheprovider"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    # Two operators in three modes by eager, mulki and mulki-reference, but for the loss's backward
-    # pass by the last two, which form its gradients before; torch_lce has the loss alone.
-    count = 19 if hasattr(torch.nn.functional, "linear_cross_entropy") else 16
-    assert done.returncode == 0 and f"{count} passed" in done.stdout, done.stdout
 
 
 def test_a_run_says_which_points_it_left_out(monkeypatch: pytest.MonkeyPatch) -> None:

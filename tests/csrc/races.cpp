@@ -126,7 +126,7 @@ std::map<std::string, c10::IValue> values(Shape shape, at::ScalarType dtype) {
       {"teacher_image_features", teacher_x},
       {"teacher_prototypes", teacher_w},
       {"teacher_text_features", teacher_w},
-      {"teacher_scales", at::full({2}, 15.0f)},
+      {"teacher_scales", c10::List<at::Tensor>({scale, scale})},
       {"target", target},
       {"class_mask", at::ones({p}, at::kBool)},
       {"label_smoothing", 0.2},
@@ -136,9 +136,9 @@ std::map<std::string, c10::IValue> values(Shape shape, at::ScalarType dtype) {
       {"gate_temperature", 1.5},
       {"gate_entropy", 0.5},
       {"gate_label", 0.5},
-      {"normalize", true},
       {"scale_by_t2", true},
-      {"labels", true},
+      {"weight", 0.5},
+      {"label_weight", 2.0},
   };
 }
 
@@ -149,21 +149,18 @@ std::vector<at::Tensor> call(
     Shape shape,
     bool gradients_alone) {
   const std::string name = op.schema().name();
-  const bool matrix = name == "mulki_cpp::similarity", pairs = name == "mulki_cpp::pair_kl";
   given["weights"] = c10::IValue(); // so that the gate computes them
-  given["reduction"] = gradients_alone || matrix ? "none" : "mean";
+  given["reduction"] = gradients_alone ? "none" : "mean";
   given["grad"] = c10::IValue();
   if (gradients_alone) {
-    given["grad"] = matrix
-        ? at::ones({shape.n, shape.p}, given["features"].toTensor().scalar_type())
-        : at::ones(pairs ? at::DimVector{2, shape.n} : at::DimVector{shape.n});
+    given["grad"] = at::ones({shape.n});
   }
   torch::jit::Stack stack;
   for (const c10::Argument& argument : op.schema().arguments()) {
     if (argument.name() == "wanted") {
       c10::List<bool> wanted;
       for (int32_t i = 0; i < argument.N().value(); ++i) {
-        wanted.push_back(gradients_alone || !matrix);
+        wanted.push_back(true);
       }
       stack.emplace_back(wanted);
     } else {

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import open_clip.loss
 import pytest
 import torch
@@ -24,6 +26,48 @@ def test_two_teachers(gate, temperature):
         torch.testing.assert_close(value, rows[name].mean(), rtol=1e-12, atol=0)
     for name, gradient in gradients(model).items():
         torch.testing.assert_close(gradient, want[name], rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("upstream", [(1.0, 1.0), (8.0, 8.0), (1.0, 3.0), (1.0, None), (None, 2.0)])
+@pytest.mark.parametrize("kind", ["distill", "dual"])
+def test_losses_of_any_weights(kind, upstream):
+    """The sum is one pass; what a user multiplies the losses by beside that is right too."""
+    options = {"gate": "label"} if kind == "dual" else {}
+    model, out = outputs(kind, **options)
+    loss = (DualTeacherClipLoss if kind == "dual" else DistillClipLoss)(
+        temperature=2.0, distill_weight=2.0, **options
+    )
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        for _ in range(2):  # tells once
+            losses = loss(**out)
+            given = [(one, by) for one, by in zip(losses, upstream, strict=True) if by is not None]
+            ours = gradients_of(sum(by * one for one, by in given), model)
+    about_weights = [one for one in told if "pass distill_weight=" in str(one.message)]
+    assert len(about_weights) == (upstream[0] != upstream[1])
+    rows = rows_of(kind, out, temperature=2.0, **options)
+    weighted = rows["contrastive_loss"].mean(), 2 * rows["distill_loss"].mean()
+    torch.testing.assert_close(losses, weighted, rtol=1e-12, atol=0)
+    total = sum(by * one for one, by in zip(weighted, upstream, strict=True) if by is not None)
+    torch.testing.assert_close(ours, gradients_of(total, model), rtol=1e-9, atol=1e-12)
+
+
+def gradients_of(total, model):
+    leaves = [parameter for name, parameter in model.named_parameters() if name != "logit_bias"]
+    return torch.autograd.grad(total, leaves, retain_graph=True)
+
+
+@pytest.mark.filterwarnings("ignore:.*pass distill_weight", "ignore:Anomaly")
+@pytest.mark.parametrize("upstream", [(1.0, 1.0), (1.0, 3.0)])
+def test_second_derivatives_are_refused(upstream):
+    leaves = [torch.nn.functional.normalize(torch.rand(6, 5), dim=1).requires_grad_() for _ in "it"]
+    scale = torch.tensor(9.0)
+    with torch.autograd.set_detect_anomaly(True):
+        losses = DistillClipLoss()(*leaves, scale, *(leaf.detach() for leaf in leaves), scale)
+        total = sum(by * one for one, by in zip(losses, upstream, strict=True))
+        first, _ = torch.autograd.grad(total, leaves, create_graph=True)
+        with pytest.raises(RuntimeError, match="double backward of .* is not supported"):
+            torch.autograd.grad(first.sum(), leaves)
 
 
 def test_two_equal_teachers_are_one():
@@ -96,3 +140,6 @@ def test_options_that_do_not_exist_are_refused():
             kind(**{name: -1})
         with pytest.raises(TypeError, match=f"^{name}: got str"):
             kind(**{name: "1"})
+    for value, error in ((-1.0, ValueError), (float("inf"), ValueError), ("1", TypeError)):
+        with pytest.raises(error, match="^distill_weight: got"):
+            DistillClipLoss(distill_weight=value)

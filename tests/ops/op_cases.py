@@ -86,14 +86,14 @@ def make(
     weights = torch.rand(n, len(scales), generator=generator, dtype=torch.float64)
     of_sides = torch.stack([weights, weights.flip(0)]).to(wide(dtype))
 
-    def number(value: float | list[float]) -> Tensor:
+    def number(value: float) -> Tensor:
         return torch.tensor(value, dtype=wide(dtype))
 
     operands = x.to(dtype), w.to(dtype), number(scale)
     teachers = (
         [u.to(dtype) for u in teacher_x],
         [v.to(dtype) for v in teacher_w],
-        number(scales),
+        [number(value) for value in scales],
     )
     given = weights.to(wide(dtype))
     cases = {
@@ -110,10 +110,10 @@ def make(
         ),
         "kl_blend": ("teacher_kl", (*teachers, None, kept, mask, 2.0, 1.0, 0.7, 0.4, True)),
         "kl_weights": ("teacher_kl", (*teachers, given, None, mask, 2.0, 1.0, 0.0, 0.0, True)),
-        "pairs": ("pair_kl", (*teachers, None, 1.0, 1.0, 0.0, 0.0, True, False)),
-        "pairs_label": ("pair_kl", (*teachers, None, 2.0, 0.5, 0.0, 1.0, True, False)),
-        "pairs_blend": ("pair_kl", (*teachers, None, 1.5, 2.0, 0.7, 0.4, False, False)),
-        "pairs_weights": ("pair_kl", (*teachers, of_sides, 2.0, 1.0, 0.0, 0.0, True, False)),
+        "pairs": ("pair_kl", (*teachers, None, 1.0, 1.0, 0.0, 0.0, True, 2.0, 1.0)),
+        "pairs_label": ("pair_kl", (*teachers, None, 2.0, 0.5, 0.0, 1.0, True, 1.0, 0.0)),
+        "pairs_blend": ("pair_kl", (*teachers, None, 1.5, 2.0, 0.7, 0.4, False, 0.7, 1.3)),
+        "pairs_weights": ("pair_kl", (*teachers, of_sides, 2.0, 1.0, 0.0, 0.0, True, 0.5, 0.0)),
         "contrastive": ("contrastive", ()),
         "siglip": ("siglip", (number(-3.0), 0)),
         # The last rows have no match.

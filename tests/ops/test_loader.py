@@ -11,6 +11,8 @@ import torch
 from mulki.ops import loader
 from tests import python
 
+OURS = loader.library_name("DEFAULT")
+
 
 @pytest.fixture(autouse=True)
 def enabled(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -33,18 +35,20 @@ def test_nothing_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert reason is not None and "/somewhere/" in reason
 
 
-def test_a_library_for_another_torch_is_not_loaded(tmp_path: Path) -> None:
-    library(tmp_path, "_cpu_default_torch1_99_00000000")
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("_cpu_default_torch1_99_00000000", b"", "for torch 1.99, this is torch"),
+        (f"{OURS.rpartition('_')[0]}_00000000", b"", "another version of mulki's operators"),
+        (OURS, b"not a library" * 1000, f"{OURS}.so"),
+    ],
+)
+def test_what_cannot_be_loaded_is_told(
+    tmp_path: Path, name: str, content: bytes, message: str
+) -> None:
+    library(tmp_path, name, content)
     reason = loader.load_from(tmp_path)
-    assert reason is not None
-    assert f"for torch 1.99, this is torch {loader.torch_version()}" in reason
-
-
-def test_a_library_for_other_operators_is_not_loaded(tmp_path: Path) -> None:
-    stem = loader.library_name("DEFAULT").rpartition("_")[0]
-    library(tmp_path, f"{stem}_00000000")
-    reason = loader.load_from(tmp_path)
-    assert reason is not None and "another version of mulki's operators" in reason
+    assert reason is not None and message in reason
 
 
 def test_a_library_for_a_better_cpu_is_not_loaded(
@@ -98,14 +102,6 @@ def test_a_lower_capability_tells_how_to_build_the_better_one(
     assert loader.capability_in_words() == told
     os.utime(source, (2**32, 2**32))
     assert loader.capability_in_words().startswith("AVX2 build, older than csrc/: run `")
-
-
-@pytest.mark.parametrize("content", [b"", b"not a library" * 1000])
-def test_a_corrupt_library_gives_the_linkers_message(tmp_path: Path, content: bytes) -> None:
-    path = library(tmp_path, loader.library_name("DEFAULT"), content)
-    reason = loader.load_from(tmp_path)
-    assert reason is not None and "do not load" in reason and path.name in reason
-    assert "Could not load this library" not in reason
 
 
 def test_the_environment_decides_in_a_new_process() -> None:

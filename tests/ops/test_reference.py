@@ -1,146 +1,76 @@
-"""The reference's own gradients are those of autograd, exactly, in float64."""
+"""The reference, which all else is held against, is the plain formulas: exactly, in float64."""
 
 from __future__ import annotations
 
-import itertools
+import math
 
 import pytest
 import torch
-from torch.autograd import gradcheck
-from torch.utils.checkpoint import checkpoint
+from torch import Tensor
 
-from mulki import ops
-from mulki.ops import torch_private
-from mulki.ops.operators import OPERATORS
-from tests.ops import op_cases
-from tests.ops.op_cases import LOSSES, NAMES, Case, asking, expected, make, requiring_grad, run
-
-
-def split(case: Case, output: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-    """The gradients at the end of an output."""
-    return output[-case.leaves :]
+from mulki.bench.cases import VARIANTS, variant
+from mulki.bench.losses import EAGER, MULKI
+from mulki.bench.outcomes import outcome
+from mulki.ops import use_backend
+from mulki.ops.logits import logits
+from tests.ops.oracle import REDUCTIONS, computed, same
 
 
-@pytest.mark.parametrize(
-    ("name", "form"), [*((n, "backward") for n in NAMES), *((n, "reduced") for n in LOSSES)]
-)
-def test_gradients_are_those_of_autograd_for_any_choice_of_them(name, form):
-    case = make(name)
-    _, gradients = expected(case, None if form == "backward" else True)
-    for wanted in itertools.product([False, True], repeat=case.leaves):
-        output = run(asking(case, form, wanted))
-        for got, want, asked in zip(split(case, output), gradients, wanted, strict=True):
-            assert got.dtype == torch.float64
-            if asked:
-                torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-12)
-            else:
-                assert got.shape == (0,)
+@pytest.mark.parametrize("name", VARIANTS)
+def test_values_and_gradients_are_those_of_plain_pytorch(name: str) -> None:
+    """Of `cross_entropy`, `kl_div`, `logsigmoid` and of one product, as users write them."""
+    case = variant(name, 11, 13, 7)
+    inputs = case.inputs(torch.float64)
+    similarity = case.operator == "similarity"
+    for reduction in ("none",) if similarity else REDUCTIONS:
+        asked = {} if similarity else {"reduction": reduction}
+        wanted = outcome(EAGER[case.operator], inputs, **asked)
+        with use_backend("reference"):
+            found = computed(case.operator, inputs, reduction)
+        same(found, wanted, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize(("name", "factor"), [("kl_weights", 1.0), ("pairs_weights", 0.5)])
-def test_the_specification_differentiates_by_given_weights(name, factor):
-    case = make(name)
-    operator = OPERATORS[case.op]
-    x = operator.arguments(*case.args)
-    weights = x.weights.clone().requires_grad_()
-    rows, kl, used, _ = operator.reference(x._replace(weights=weights))
-    (found,) = torch.autograd.grad(rows.sum(), weights)
-    torch.testing.assert_close(found, factor * kl)
-    assert not used.requires_grad
+@pytest.mark.parametrize("name", ["kl", "kl_confidence", "kl_weights"])
+def test_details_by_plain_arithmetic(name: str) -> None:
+    case = variant(name)
+    inputs = case.inputs(torch.float64)
+    *student, teachers, _ = inputs.arguments
+    _, details = inputs.call(MULKI[case.operator], reduction="none", return_details=True)
+    mask = inputs.options.get("class_mask")
+    t, t2 = inputs.options.get("temperature", 2.0), inputs.options.get("scale_by_t2", True)
+
+    def probabilities(x: Tensor, w: Tensor, scale: Tensor, i: int) -> list[float]:
+        z = (scale * x[i] @ w.T / t).tolist()
+        powers = [math.exp(v) if mask is None or mask[j] else 0.0 for j, v in enumerate(z)]
+        return [power / sum(powers) for power in powers]
+
+    for i in range(case.n):
+        q = probabilities(*student, i)
+        for k, teacher in enumerate(teachers):
+            p = probabilities(*teacher, i)
+            kl = sum(a * (math.log(a) - math.log(b)) for a, b in zip(p, q, strict=True) if a)
+            entropy = -sum(a * math.log(a) for a in p if a)
+            assert details.kl[i, k].item() == pytest.approx(kl * (t**2 if t2 else 1), rel=1e-9)
+            assert details.entropy[i, k].item() == pytest.approx(entropy, rel=1e-9)
 
 
-def test_a_mean_is_where_its_arguments_are():
-    case = asking(make("kl"), "reduced")
-    with torch.device("meta"):
-        loss, *_ = run(case)
-    assert loss.device.type == "cpu"
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(
-    ("name", "form"), [*((n, "backward") for n in NAMES), *((n, "reduced") for n in LOSSES)]
-)
-def test_a_gradient_is_the_same_whatever_else_is_wanted(name, form, dtype, backend):
-    case = make(name, n=37, p=53, d=24, dtype=dtype)
-    everything = run(asking(case, form))
-    details = len(everything) - case.leaves
-    for wanted in itertools.product([False, True], repeat=case.leaves):
-        output = run(asking(case, form, wanted))
-        for got, want, asked in zip(output, everything, (*[True] * details, *wanted), strict=True):
-            assert got.equal(want) if asked else got.shape == (0,)
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_gradcheck(name):
-    case = op_cases.requiring_grad(make(name, n=3, p=4, d=2))
-    leaves, rest = case.args[: case.leaves], case.args[case.leaves :]
-    assert gradcheck(lambda *o: run(Case(case.op, (*o, *rest)))[0], leaves)
-    if name in LOSSES:
-        wanted = [True] * case.leaves
-        assert gradcheck(
-            lambda *o: run(asking(Case(case.op, (*o, *rest)), "reduced", wanted))[0],
-            leaves,
-        )
+def test_pairs_are_a_distillation_in_either_direction() -> None:
+    case = variant("pairs_label")
+    x, w, scale, ((u, v, s),), _ = case.inputs(torch.float64).arguments
+    own, options = torch.arange(6), {"gate": "label", "reduction": "none", "return_details": True}
+    with use_backend("reference"):
+        loss, both = MULKI["pair_kl"](x, w, scale, ((u, v, s),) * 2, own, **options)
+        rows, of_rows = MULKI["teacher_kl_3"](x, w, scale, ((u, v, s),) * 2, own, **options)
+        columns, of_columns = MULKI["teacher_kl_3"](w, x, scale, ((v, u, s),) * 2, own, **options)
+    torch.testing.assert_close(loss, (rows + columns) / 2)
+    for one, *sides in zip(both, of_rows, of_columns, strict=True):
+        torch.testing.assert_close(one, torch.stack(sides))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize("name", NAMES)
-def test_results_are_wide_and_row_gradients_in_the_dtype_of_their_operand(name, dtype, backend):
-    case = make(name, dtype=dtype)
-    rows = run(case)[: -case.leaves]
-    wide = dtype if case.op == "similarity" else torch.float32
-    assert all(out.dtype == wide for out in rows)
-    wanted = [True] * case.leaves
-    narrow = split(case, run(asking(case, "backward", wanted)))
-    assert [g.dtype for g in narrow] == [dtype, dtype, *[torch.float32] * (case.leaves - 2)]
-    assert [g.shape for g in narrow] == [t.shape for t in case.args[: case.leaves]]
-    if name in LOSSES:
-        # Not rounded to half precision: a loss scaler acts first.
-        for out in run(asking(case, "reduced", wanted)):
-            assert out.dtype == torch.float32
-
-
-@pytest.mark.parametrize("name", [*LOSSES, "similarity", "cosines"])
-def test_no_rows(name, backend):
-    case = make(name, n=0, dtype=torch.float32)
-    assert run(case)[0].shape[0] == 0
-    wanted = [True] * case.leaves
-    for form in ("backward", "reduced") if name in LOSSES else ("backward",):
-        output = run(asking(case, form, wanted))
-        for got, leaf in zip(split(case, output), case.args, strict=False):
-            assert got.shape == leaf.shape
-            assert got.eq(0).all()
-    if name in LOSSES:
-        assert run(asking(case, "reduced", wanted, mean=False))[0] == 0
-        assert run(asking(case, "reduced", wanted, mean=True))[0].isnan()
-
-
-@pytest.mark.parametrize("name", ["ce", "kl", "kl_weights", "pairs", "contrastive"])
-def test_one_class_costs_nothing(name, backend):
-    case = make(name, n=1 if name in ("pairs", "contrastive") else 6, p=1, dtype=torch.float32)
-    output = run(asking(case, "reduced", [True] * 3))
-    torch.testing.assert_close(output[0], torch.zeros(()), atol=1e-6, rtol=0)
-    for gradient in split(case, output):
-        torch.testing.assert_close(gradient, torch.zeros_like(gradient), atol=1e-5, rtol=0)
-
-
-@pytest.mark.skipif(torch_private.reason() is not None, reason="needs torch's private names")
-def test_hooks_of_saved_tensors_see_the_operator_alone(backend):
-    """Its own graph, of which a sum or a mean has its gradients, ends inside it."""
-    dtype = torch.float64 if backend == "reference" else torch.float32
-    x, w, scale = requiring_grad(make("contrastive", dtype=dtype)).args
-
-    def loss(x, w, scale):
-        return ops.contrastive.loss((x.tanh(), w, scale), None, "mean")
-
-    want = torch.autograd.grad(loss(x, w, scale), (x, w, scale))
-    again = checkpoint(loss, x, w, scale, use_reentrant=False)
-    sizes = []
-    with torch.autograd.graph.saved_tensors_hooks(
-        lambda t: (sizes.append(tuple(t.shape)), t)[1], lambda t: t
-    ):
-        watched = loss(x, w, scale)
-    assert (len(x), len(w)) not in sizes
-    for one in (again, watched):
-        for got, exact in zip(torch.autograd.grad(one, (x, w, scale)), want, strict=True):
-            assert got.equal(exact)
+def test_logits_are_multiplied_in_float32_even_under_autocast(dtype: torch.dtype) -> None:
+    x, w, _ = variant("similarity").inputs(dtype).arguments
+    with torch.autocast("cpu", torch.bfloat16):
+        z = logits(x, w, 9.0)
+    assert z.dtype == torch.float32
+    assert z.equal(9.0 * (x.float() @ w.float().T))

@@ -61,7 +61,7 @@ package.__path__ = [{str(ROOT / "mulki")!r}]
 sys.modules["mulki"] = package
 import mulki.runs.folder
 mulki.runs.folder.environment = lambda hashes: {{}}
-for number in range(20):
+for number in range(5):
     sys.stdin.readline()
     try:
         run = mulki.runs.folder.RunFolder.create(
@@ -86,7 +86,7 @@ def test_two_processes_never_share_a_folder(tmp_path: Path) -> None:
             process.stdin.flush()
 
     try:
-        for _ in range(20):
+        for _ in range(5):
             go_on()
             said = sorted(process.stdout.readline() for process in pair)
             assert said == ["made\n", "refused\n"]

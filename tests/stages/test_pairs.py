@@ -47,6 +47,7 @@ def test_rows_that_repeat_are_no_negatives() -> None:
         assert (grad[rows] != 0).any(dim=1).all() and (grad[[1, 3, 4]] == 0).all()
 
 
+@pytest.mark.filterwarnings("ignore:.*pass distill_weight")
 @pytest.mark.parametrize("gate", ["uniform", "label", "confidence", "discrepancy"])
 def test_the_relation_is_the_distillation_of_the_public_loss(gate: str) -> None:
     student, teachers = model(0, grad=True), [model(1, scale=9.0), model(2)]

@@ -17,7 +17,7 @@ from mulki.train.saving.recovery import FILE, read_state
 from tests.train.run_helpers import SHORT, Run, stop_at, weights
 from tests.train_helpers import same_state
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.long
 
 # In a namespace of its own, where mounting a small file system needs no rights. Figures are left
 # out, since drawing takes longer than the run.
@@ -51,9 +51,7 @@ def can_mount(folder: Path) -> bool:
 
 # The size of the file system in saves. A new one is written beside the old one, so it holds one
 # save and not two; or two, but not beside the checkpoints of a task.
-@pytest.mark.parametrize(
-    ("size", "learned"), [(1.5, 0), pytest.param(2.3, 1, marks=pytest.mark.long)]
-)
+@pytest.mark.parametrize(("size", "learned"), [(1.5, 0), (2.3, 1)])
 def test_a_disk_that_fills_up(
     run: Run,
     monkeypatch: pytest.MonkeyPatch,

@@ -176,16 +176,11 @@ def test_several_at_a_time(planned: Plan, tmp_path: Path) -> None:
     assert matrix == (alone.folder / "matrix.csv").read_bytes()
 
 
-def test_processes_share_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES"):
-        monkeypatch.delenv(name, raising=False)
+def test_processes_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(grid, "cores", lambda: 8)
-    monkeypatch.setattr(grid.torch.cuda, "device_count", lambda: 2)
-    found = [grid._environment(slot, 3, "auto") for slot in range(3)]
-    assert [each["OMP_NUM_THREADS"] for each in found] == ["2"] * 3
-    assert [each["CUDA_VISIBLE_DEVICES"] for each in found] == ["0", "1", "0"]
-    # It would be the first of the one that is left.
-    assert "CUDA_VISIBLE_DEVICES" not in grid._environment(1, 3, "cuda:1")
+    found = [grid._environment(slot, 3, "cpu")["OMP_NUM_THREADS"] for slot in range(3)]
+    assert found == ["2"] * 3
     monkeypatch.setenv("OMP_NUM_THREADS", "5")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
     assert grid._environment(0, 2, "auto") == {}

@@ -20,8 +20,6 @@ from tests.sweeps import mostly_long
 from tests.train.run_helpers import SHORT, Run
 from tests.train_helpers import Calls
 
-pytestmark = pytest.mark.slow
-
 
 def coloured_task(name: str, classes: int, images: int = 2) -> Task:
     """A task of small images of one colour per class, which are in memory."""
@@ -61,7 +59,7 @@ def test_a_task_leaves_nothing_behind(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Tasks of five classes: teachers, prototypes and caches go with their task."""
-    found, work, number = [], [], 12
+    found, work, number = [], [], 6
     plain = task_learner.learn_task
     calls = Calls(monkeypatch)
 
@@ -99,6 +97,7 @@ def test_a_task_leaves_nothing_behind(
     assert max(images) <= 1.1 * images[0] and 0 < max(texts) <= 1.1 * texts[0], per_task
 
 
+@pytest.mark.long
 def test_four_thousand_classes_in_a_task(tmp_path: Path, start_model: dict[str, str]) -> None:
     task = coloured_task("wide", 4000, images=1)
     folder = learn([task], tmp_path, start_model, batch_size=64, save_every=0)

@@ -216,7 +216,7 @@ def test_same_seed_same_bits_other_seed_other_weights(run: Run, augment: str) ->
     assert not same_state(weights(one), weights(other))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_process_of_its_own_gives_the_same_bits(
     run: Run, tmp_path: Path, start_model: dict[str, str], task_folders: tuple[str, str]
 ) -> None:

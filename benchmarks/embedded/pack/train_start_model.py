@@ -1,22 +1,19 @@
 """Train ``mulki-mini``: EfficientNet-Lite0 and a text projection, aligned on captioned pictures.
 
     python -m benchmarks.embedded.pack.train_start_model --cache CACHE --pairs PAIRS \
-        --pack mulki/data/embedded --work WORK --steps 8000
+        --pack mulki/data/embedded --steps 4700
 
 The whole image tower and both projections are trained; MiniLM stays frozen, so each caption is
-encoded once. The state is saved every five minutes and a later call with the same ``--work`` goes
-on from it. The pack's training pictures are looked at, never learned from; its test pictures are
-not shown to the model. ``training_pictures`` has opened both, to leave near duplicates of them out.
+encoded once. No picture of the pack is shown to the model; ``training_pictures`` has opened them,
+to leave near duplicates of them out.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import math
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -27,12 +24,9 @@ from torch import Tensor, nn
 from benchmarks.embedded.pack import mini
 from benchmarks.embedded.pack.augment import Views
 from benchmarks.embedded.pack.sources import Cache
-from mulki.clip.evaluation import Evaluator
-from mulki.clip.models import BUNDLED, VisionLanguageModel
-from mulki.data.loader import batches
-from mulki.data.shards import open_pack
-from mulki.data.subset import Subset
-from mulki.files import replacing
+
+TOWER_RATE, HEAD_RATE, WARM_UP = 4e-4, 1e-3, 200
+DECAY = 0.998  # of the running average of the weights
 
 # Share of a batch by the beginning of the source's name. Within a share pictures are equally
 # likely, animals excepted: each of the ten has an equal part, and heads have a fifth of it.
@@ -94,25 +88,14 @@ class Pairs(torch.utils.data.Dataset):
         return self.steps
 
     def __getitem__(self, step: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Views ``[B, 3, 64, 64]``, and the captions and targets of `captioned`."""
-        chosen = self.drawn(step)
-        texts, shows = self.captioned(chosen)
-        return self.viewed(chosen), texts, shows
-
-    def drawn(self, step: int) -> Tensor:
-        """Places ``[B]`` of the pictures of a step; what follows of it is drawn anew from here."""
-        self.generator.manual_seed(self.seed * 1_000_003 + step)
-        return torch.multinomial(self.weight, self.size, replacement=True, generator=self.generator)
-
-    def viewed(self, chosen: Tensor) -> Tensor:
-        """A view of each picture, ``[B, 3, 64, 64]`` in 0..1."""
-        return self.views(self.images[chosen], self.kind[chosen])
-
-    def captioned(self, chosen: Tensor) -> tuple[Tensor, Tensor]:
-        """Caption indices ``[B]``, targets ``[B, B]`` (row: picture).
+        """Views ``[B, 3, 64, 64]``, caption indices ``[B]``, targets ``[B, B]`` (row: picture).
 
         A caption is right for every picture that shows its idea, whoever it was drawn with.
         """
+        self.generator.manual_seed(self.seed * 1_000_003 + step)
+        chosen = torch.multinomial(
+            self.weight, self.size, replacement=True, generator=self.generator
+        )
         dice = torch.rand(len(chosen), 2, generator=self.generator).tolist()
         texts, idea = [], []
         for index, (first, second) in zip(chosen.tolist(), dice, strict=True):
@@ -121,37 +104,23 @@ class Pairs(torch.utils.data.Dataset):
             texts.append(ideas[at][int(second * len(ideas[at]))])
             idea.append(self.ideas[index, at])
         shows = (self.ideas[chosen][:, None, :] == torch.stack(idea)[None, :, None]).any(-1)
-        return torch.tensor(texts), shows.float()
+        views = self.views(self.images[chosen], self.kind[chosen])
+        return views, torch.tensor(texts), shows.float()
 
 
 @torch.no_grad()
-def pooled(model, ids: Tensor) -> Tensor:
-    """MiniLM's mean over tokens ``[B, 384]``: what the text projection is applied to."""
-    mask = (ids != model.text.config.pad_token_id).long()
-    output = model.text.transformer(input_ids=ids, attention_mask=mask)
-    return model.text.pooler(output, mask).float()
-
-
-def caption_features(model, tokens, texts: list[str], file: Path) -> Tensor:
-    """MiniLM's pooled outputs ``[M, 384]``; kept in ``file`` for the next start."""
-    known: dict[str, int] = {}
-    stored = torch.empty(0, 384)
-    if file.exists():
-        state = torch.load(file, weights_only=True)
-        known = {text: index for index, text in enumerate(state["texts"])}
-        stored = state["features"]
+def caption_features(model, tokens, texts: list[str]) -> Tensor:
+    """MiniLM's mean over tokens ``[M, 384]``: what the text projection is applied to."""
     result = torch.empty(len(texts), 384)
-    old = [index for index, text in enumerate(texts) if text in known]
-    result[old] = stored[[known[texts[index]] for index in old]]
-    order = [index for index, text in enumerate(texts) if text not in known]
-    order.sort(key=lambda index: len(texts[index]))
+    order = sorted(range(len(texts)), key=lambda index: len(texts[index]))
     for start in range(0, len(order), 256):
         part = order[start : start + 256]
         ids = tokens([texts[index] for index in part])
         # Trailing padding is masked out by the encoder and only costs time.
-        result[part] = pooled(model, ids[:, : int((ids != 0).sum(1).max())])
-    if order:
-        torch.save({"texts": texts, "features": result}, file)
+        ids = ids[:, : int((ids != 0).sum(1).max())]
+        mask = (ids != model.text.config.pad_token_id).long()
+        output = model.text.transformer(input_ids=ids, attention_mask=mask)
+        result[part] = model.text.pooler(output, mask).float()
     return result
 
 
@@ -214,41 +183,10 @@ class Average:
         decay = min(self.decay, (1 + step) / (20 + step))
         torch._foreach_lerp_(list(self.mean.values()), list(self.live.values()), 1 - decay)
 
-    @contextlib.contextmanager
-    def applied(self) -> Iterator[None]:
-        """The model has the averaged values inside the block and its own again after it."""
-        live, mean = list(self.live.values()), list(self.mean.values())
-        with torch.no_grad():
-            own = [value.clone() for value in live]
-            torch._foreach_copy_(live, mean)
-            yield
-            torch._foreach_copy_(live, own)
-
-
-class Looks:
-    """Zero-shot accuracy on a fixed sample of the pack's training pictures."""
-
-    def __init__(self, pack: Path, model: VisionLanguageModel, seed: int, count: int = 400) -> None:
-        whole = open_pack(pack)
-        tasks = [whole.task(name) for name in whole.tasks]
-        generator = torch.Generator().manual_seed(seed)
-        samples = []
-        for task in tasks:
-            part = torch.randperm(len(task.train), generator=generator)[:count]
-            samples.append(Subset(task.train, part.tolist()))
-        self.tasks = tasks
-        loaders = [
-            batches(s, model.preprocess, 256, shuffle=False, seed=seed, cached=True)
-            for s in samples
-        ]
-        self.evaluator = Evaluator(model, tasks, loaders)
-
-    def __call__(self) -> dict[str, float]:
-        with torch.autocast("cpu", torch.bfloat16):
-            return {
-                task.name: round(self.evaluator.accuracy(number)[0], 1)
-                for number, task in enumerate(self.tasks)
-            }
+    @torch.no_grad()
+    def apply(self) -> None:
+        """Give the model the averaged values."""
+        torch._foreach_copy_(list(self.live.values()), list(self.mean.values()))
 
 
 def main() -> None:
@@ -258,68 +196,38 @@ def main() -> None:
     parser.add_argument(
         "--pack", required=True, type=Path, help="the model goes to PACK/mulki-mini"
     )
-    parser.add_argument("--work", required=True, type=Path, help="folder of the resumable state")
-    parser.add_argument("--steps", type=int, default=8000)
-    parser.add_argument("--stop-at", type=int, help="leave off after this step, schedule unchanged")
-    parser.add_argument("--batch", type=int, default=192)
-    parser.add_argument("--tower-rate", type=float, default=4e-4)
-    parser.add_argument("--head-rate", type=float, default=1e-3)
-    parser.add_argument("--warm-up", type=int, default=200)
-    parser.add_argument("--decay", type=float, default=0.998, help="of the running average")
-    parser.add_argument("--look-every", type=int, default=500)
+    parser.add_argument("--steps", type=int, default=4700)
+    parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.set_flush_denormal(True)
     torch.manual_seed(options.seed)
-    options.work.mkdir(parents=True, exist_ok=True)
 
     cache = Cache(options.cache)
     folder = mini.text_folder(cache)
-    model, tokens = mini.build(folder), mini.tokenizer(folder)
+    model = mini.build(folder)
     mini.load_imagenet(model.visual.trunk, cache)
     model.visual.to(memory_format=torch.channels_last)
     keep_depthwise_in_fp32(model.visual.trunk)
     pairs = Pairs(options.pairs, options.seed, options.batch, options.steps)
-    captions = caption_features(model, tokens, pairs.texts, options.work / "captions.pt")
-    looked_at = VisionLanguageModel(model, tokens, mini.preprocess(), BUNDLED)
-    looks = Looks(options.pack, looked_at, options.seed)
+    captions = caption_features(model, mini.tokenizer(folder), pairs.texts)
     optimizer = torch.optim.AdamW(
-        groups(model, options.tower_rate, options.head_rate), betas=(0.9, 0.98), fused=True
+        groups(model, TOWER_RATE, HEAD_RATE), betas=(0.9, 0.98), fused=True
     )
     rates = [group["lr"] for group in optimizer.param_groups]
-    average = Average(model, options.decay)
-    state_file, step = options.work / "state.pt", 0
-    if state_file.exists():
-        state = torch.load(state_file, weights_only=True)
-        model.load_state_dict(state["model"], strict=False)
-        optimizer.load_state_dict(state["optimizer"])
-        for name, value in state["average"].items():
-            average.mean[name].copy_(value)
-        step = state["step"]
-        print(f"resumed at step {step}", flush=True)
-
-    def keep() -> None:
-        live = {n: v for n, v in model.state_dict().items() if not n.startswith(mini.TRANSFORMER)}
-        held = {"model": live, "optimizer": optimizer.state_dict(), "average": average.mean}
-        with replacing(state_file) as partial:
-            torch.save(held | {"step": step}, partial)
-        with average.applied():
-            mini.save(model, options.pack / "mulki-mini")
-
-    saved = began = time.monotonic()
-    first, since, total = step, step, 0.0
-    end = min(options.steps, options.stop_at or options.steps)
+    average = Average(model, DECAY)
+    began, total = time.monotonic(), 0.0
     loader = torch.utils.data.DataLoader(
-        pairs, batch_size=None, sampler=range(step, end), num_workers=1, prefetch_factor=4
+        pairs, batch_size=None, sampler=range(options.steps), num_workers=1, prefetch_factor=4
     )
-    for images, chosen, shows in loader:
-        part = min((step + 1) / options.warm_up, 1.0)
+    model.train()
+    for step, (images, chosen, shows) in enumerate(loader):
+        part = min((step + 1) / WARM_UP, 1.0)
         cosine = 0.5 * (1 + math.cos(math.pi * step / options.steps))
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate * part * (0.01 + 0.99 * cosine)
-        model.train()
         images = (images * 2 - 1).contiguous(memory_format=torch.channels_last)
         with torch.autocast("cpu", torch.bfloat16):
             image = model.encode_image(images)
@@ -334,27 +242,19 @@ def main() -> None:
         optimizer.step()
         with torch.no_grad():
             model.logit_scale.clamp_(0, math.log(100))
-        step += 1
-        average.update(step)
+        average.update(step + 1)
         total += loss.item()
-        if step % 50 == 0 or step == first + 10:
-            pace = (time.monotonic() - began) / (step - first)
+        if (step + 1) % 50 == 0:
+            pace = (time.monotonic() - began) / (step + 1)
             scale = model.logit_scale.exp().item()
             print(
-                f"step {step}/{options.steps} loss {total / (step - since):.3f} scale {scale:.1f} "
-                f"{pace:.3f} s a step, {pace * (end - step) / 60:.0f} min left",
+                f"step {step + 1}/{options.steps} loss {total / 50:.3f} scale {scale:.1f} "
+                f"{pace:.3f} s a step, {pace * (options.steps - step) / 60:.0f} min left",
                 flush=True,
             )
-            total, since = 0.0, step
-        if step % options.look_every == 0:
-            with average.applied():
-                print(f"step {step} zero-shot on training pictures {looks()}", flush=True)
-        if time.monotonic() - saved > 300:
-            saved = time.monotonic()
-            keep()
-    keep()
-    with average.applied():
-        print(f"done: {step} steps, {looks()}", flush=True)
+            total = 0.0
+    average.apply()
+    mini.save(model, options.pack / "mulki-mini")
 
 
 if __name__ == "__main__":

@@ -18,7 +18,6 @@ import argparse
 import json
 import re
 import unicodedata
-from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
@@ -31,7 +30,6 @@ from scipy import ndimage
 
 from benchmarks.embedded.pack import render
 from benchmarks.embedded.pack.captions import animal_of, captions, plain_words
-from benchmarks.embedded.pack.shared_drawings import looks, own_look
 from benchmarks.embedded.pack.similar import NEAR, NEAR_SHAPE, mirrored, near_pairs, thumbnails
 from benchmarks.embedded.pack.sources import PAIR_FONTS, Cache
 from benchmarks.embedded.pack.tasks import EMOJI_GROUPS, country_names, flag_code
@@ -365,6 +363,17 @@ def card_pairs(cache: Cache) -> Iterator[Pair]:
 NEAR_STORED = NEAR + 3
 
 
+def looks(images: np.ndarray, task: str) -> np.ndarray:
+    """RGBA ``[N, 64, 64, 4]`` as the task would show them: thumbnails ``[N, 768]``."""
+    if task == "animals":
+        shapes = [render.silhouette(alpha > 100) for alpha in images[..., 3]]
+        return thumbnails(np.stack(shapes))
+    if task == "digits":
+        white = np.concatenate([np.full_like(images[..., :3], 255), images[..., 3:]], axis=-1)
+        return thumbnails(render.flatten(white, (0, 0, 0)))
+    return thumbnails(render.flatten(images))
+
+
 def read_pack(folder: Path) -> dict[str, np.ndarray]:
     """All pictures of the pack by task, ``[N, 64, 64, 3]``, both sides of the split."""
     pack = open_pack(folder)
@@ -383,7 +392,8 @@ def without_pack(pairs: list[Pair], pack: Path) -> list[Pair]:
     the outlines, framed alike.
     """
     pictures = read_pack(pack)
-    shapes = own_look(pictures.pop("animals"), "animals")
+    silhouettes = [render.silhouette(image[..., 0] > 100) for image in pictures.pop("animals")]
+    shapes = thumbnails(np.stack(silhouettes))
     shapes = np.concatenate([shapes, mirrored(shapes)])
     known = thumbnails(np.concatenate(list(pictures.values())))
     known = np.concatenate([known, mirrored(known)])
@@ -398,8 +408,7 @@ def without_pack(pairs: list[Pair], pack: Path) -> list[Pair]:
         outlines = near_pairs(looks(part, "animals"), shapes, NEAR_SHAPE)[:, 0]
         found.append(outlines[~glyph[start + outlines]])
         hit[start + np.unique(np.concatenate(found))] = True
-    dropped = Counter(pair.source for pair, bad in zip(pairs, hit, strict=True) if bad)
-    print("near duplicates of pack pictures left out:", dict(dropped), flush=True)
+    print(f"near duplicates of pack pictures left out: {hit.sum()}", flush=True)
     return [pair for pair, bad in zip(pairs, hit, strict=True) if not bad]
 
 
@@ -413,11 +422,15 @@ def collect(cache: Cache) -> list[Pair]:
     return pairs
 
 
-def write(cache: Cache, pack: Path, out: Path) -> None:
-    """Make the training pictures, and write them into ``out``."""
-    pairs = without_pack(collect(cache), pack)
-    out.mkdir(parents=True, exist_ok=True)
-    np.save(out / "images.npy", np.stack([pair.image for pair in pairs]))
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--cache", required=True, help="folder of fetched packages")
+    parser.add_argument("--pack", required=True, type=Path, help="folder of the pack")
+    parser.add_argument("--out", required=True, type=Path, help="folder to write")
+    options = parser.parse_args()
+    pairs = without_pack(collect(Cache(options.cache)), options.pack)
+    options.out.mkdir(parents=True, exist_ok=True)
+    np.save(options.out / "images.npy", np.stack([pair.image for pair in pairs]))
     texts: dict[str, int] = {}
     ideas: dict[str, int] = {}
     rows = []
@@ -428,22 +441,8 @@ def write(cache: Cache, pack: Path, out: Path) -> None:
         ]
         rows.append({"source": pair.source, "kind": pair.kind, "captions": row})
     table = {"texts": list(texts), "ideas": list(ideas), "pairs": rows}
-    (out / "pairs.json").write_text(json.dumps(table))
-    counts: dict[str, int] = defaultdict(int)
-    for pair in pairs:
-        counts[pair.source] += 1
-    for source, count in sorted(counts.items()):
-        print(f"{count:6} {source}")
+    (options.out / "pairs.json").write_text(json.dumps(table))
     print(f"{len(pairs)} pictures, {len(texts)} captions, {len(ideas)} ideas")
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("--cache", required=True, help="folder of fetched packages")
-    parser.add_argument("--pack", required=True, type=Path, help="folder of the pack")
-    parser.add_argument("--out", required=True, type=Path, help="folder to write")
-    options = parser.parse_args()
-    write(Cache(options.cache), options.pack, options.out)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ still there; else they are multiplied again.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -18,7 +19,6 @@ from mulki.ops.chunked.compiling import compilable
 from mulki.ops.chunked.products import Gradients, Products, of_models
 from mulki.ops.chunked.statistics import Gate, Statistics, weights_of
 from mulki.ops.contrastive import Contrastive
-from mulki.ops.logits import wide
 from mulki.ops.operators import Operator, Request
 from mulki.ops.pair_kl import PairKl
 
@@ -96,7 +96,7 @@ class _Passes:
     """The passes over all blocks."""
 
     def __init__(
-        self, models: list[Products], scales: Tensor, gradients: Gradients, copies: int = _COPIES
+        self, models: list[Products], scales: Tensor, gradients: Gradients, copies: int
     ) -> None:
         self._scales, self._gradients = scales.reshape(-1, 1, 1), gradients
         self._n = len(models[0].x)
@@ -153,88 +153,140 @@ def _log_likelihood(softmaxes: _Softmaxes) -> Tensor:  # [N], minus the contrast
     return (of_rows + of_columns) / 2
 
 
-def contrastive(operator: Operator, x: Contrastive, request: Request) -> tuple[Tensor, ...]:
-    """The results of `mulki.ops.contrastive`."""
-    models = [Products(x.image_features, x.text_features)]
-    upstream, count = results.upstream_of_rows(request), results.rows_of_mean(operator, x, request)
-    gain = results.upstream_of_all(x, request, count)
-    bound = results.bound(x.image_features, upstream)
-    gradients = Gradients(models[0], request, x.logit_scale, gain, bound)
-    passes = _Passes(models, x.logit_scale, gradients)
-    softmaxes = _Softmaxes.empty(x.logit_scale, 1, 1.0, len(x.image_features))
-    passes.include(softmaxes)
-    if gradients.any:
-        whole: Tensor | float = 1.0 if upstream is None else upstream
-        passes.add_gradients([_Term(softmaxes, (whole / 2, whole / 2))], whole)
-    return results.returned(request, count, -_log_likelihood(softmaxes), (), gradients.finished())
+class ContrastiveLoss:
+    """The loss of `contrastive`.
+
+    Args:
+        upstream: the upstream gradient of each pair [N]; None for 1.
+    """
+
+    copies = _COPIES
+
+    def __init__(self, x: Contrastive, upstream: Tensor | None = None) -> None:
+        self.models = [Products(x.image_features, x.text_features)]
+        self.scales = x.logit_scale
+        self._x, self._upstream = x, upstream
+        self._rows: Tensor | None = None
+
+    def softmaxes(self) -> list[_Softmaxes]:
+        """Of which the first pass makes the statistics."""
+        return [_Softmaxes.empty(self.scales, 1, 1.0, len(self._x.image_features))]
+
+    def keep(self, softmaxes: list[_Softmaxes]) -> tuple[list[_Term], Tensor | float | None]:
+        """Keep the losses of all pairs.
+
+        Returns:
+            The terms of G, and what is subtracted from G at the own pairs.
+        """
+        (one,) = softmaxes
+        self._rows = -_log_likelihood(one)
+        whole: Tensor | float = 1.0 if self._upstream is None else self._upstream
+        return [_Term(one, (whole / 2, whole / 2))], whole
+
+    def bound(self) -> Tensor | None:
+        return results.bound(self._x.image_features, self._upstream)
+
+    def finished(self) -> tuple[Tensor, Sequence[Tensor]]:
+        assert self._rows is not None
+        return self._rows, ()
 
 
-def pair_kl(operator: Operator, x: PairKl, request: Request) -> tuple[Tensor, ...]:
-    """The results of `mulki.ops.pair_kl`."""
-    models = of_models(x[:3], x.teacher_image_features, x.teacher_text_features)
-    count = results.rows_of_mean(operator, x, request)
-    # Upstream gradients of two losses are in G.
-    of_all = request._replace(grad=None) if x.labels else request
-    gain = results.upstream_of_all(x, of_all, count)
-    gradients = Gradients(models[0], request, x.logit_scale, gain, _bound(x, request))
-    scales = torch.cat([x.logit_scale.reshape(1), x.teacher_scales]) / x.temperature
-    # Logits of the labels' loss at another temperature are one more copy.
-    copies = _COPIES + (x.labels and x.temperature != 1)
-    passes = _Passes(models, scales, gradients, copies)
-    n, new = len(x.image_features), _Softmaxes.empty
-    softmaxes = new(x.logit_scale, len(models), 1.0, n)
-    of_labels = new(x.logit_scale, 1, x.temperature, n) if x.labels else None
-    passes.include(*([softmaxes] if of_labels is None else [softmaxes, of_labels]))
+class PairKlLoss:
+    """The loss of `pair_kl`.
 
-    own = torch.stack([side.own for side in softmaxes.sides])  # [2, K, N]
-    kl = own - torch.stack([side.other for side in softmaxes.sides])
-    if x.weights is not None:
-        weights = x.weights.to(x.logit_scale.dtype).mT
-    else:
-        gate = Gate(x.gate_temperature, x.gate_entropy, x.gate_label)
-        weights = torch.stack(
-            [weights_of(gate, side.own, softmaxes.log_of_own(side)[1:]) for side in softmaxes.sides]
+    Args:
+        upstream: the upstream gradient of each pair [N]; None for 1.
+    """
+
+    def __init__(self, x: PairKl, upstream: Tensor | None = None) -> None:
+        self.models = of_models(x[:3], x.teacher_image_features, x.teacher_text_features)
+        scales = torch.stack([x.logit_scale, *x.teacher_scales])
+        self.scales = (scales / x.temperature).reshape(-1, 1, 1)
+        self._x, self._upstream = x, upstream
+        self._t2 = x.temperature**2 if x.scale_by_t2 else 1.0
+        # By which the divergences' part of G is more than differences of probabilities.
+        self._factor = x.weight * self._t2 / x.temperature
+        self._gate = Gate(x.gate_temperature, x.gate_entropy, x.gate_label)
+        self._given = None if x.weights is None else x.weights.to(x.logit_scale.dtype).mT
+        # Logits of the labels' loss at another temperature are one more copy.
+        self.copies = _COPIES + (self._has_labels and x.temperature != 1)
+        self._labels = x.logit_scale.new_empty(0)
+        self._own = self._other = self._weights = self._labels  # [2, K, N]
+
+    @property
+    def _has_labels(self) -> bool:
+        return self._x.label_weight != 0
+
+    def _given_sides(self) -> Sequence[Tensor | None]:
+        return (None, None) if self._given is None else tuple(self._given)
+
+    def softmaxes(self) -> list[_Softmaxes]:
+        """Of which the first pass makes the statistics."""
+        x, n = self._x, len(self._x.image_features)
+        of_all = _Softmaxes.empty(x.logit_scale, len(self.models), 1.0, n)
+        if not self._has_labels:
+            return [of_all]
+        return [of_all, _Softmaxes.empty(x.logit_scale, 1, x.temperature, n)]
+
+    def keep(self, softmaxes: list[_Softmaxes]) -> tuple[list[_Term], Tensor | float | None]:
+        """Keep the losses of all pairs.
+
+        Returns:
+            The terms of G, and what is subtracted from G at the own pairs.
+        """
+        of_all, *of_labels = softmaxes
+        self._own = torch.stack([side.own for side in of_all.sides])
+        self._other = torch.stack([side.other for side in of_all.sides])
+        self._weights = torch.stack(
+            [
+                weights_of(self._gate, side.own, of_all.log_of_own(side)[1:])
+                if given is None
+                else given
+                for side, given in zip(of_all.sides, self._given_sides(), strict=True)
+            ]
         )
-    t2 = x.temperature**2 if x.scale_by_t2 else 1.0
+        upstream: Tensor | float = 1.0 if self._upstream is None else self._upstream
+        factors = self._weights * (upstream * (self._factor / 2))
+        terms, of_own = [_Term(of_all, (factors[0], factors[1]))], None
+        for one in of_labels:
+            self._labels = -_log_likelihood(one)
+            of_own = upstream * self._x.label_weight
+            terms.append(_Term(one, (of_own / 2, of_own / 2)))
+        return terms, of_own
+
+    def bound(self) -> Tensor | None:
+        if self._x.image_features.dtype != torch.float16:
+            return None
+        # The teachers' part of G, and that of the labels.
+        of_weights = results.bound(self._x.image_features, self._x.weights)
+        one = torch.ones_like(self._x.logit_scale)
+        of_all = one if of_weights is None else of_weights
+        of_all = of_all * self._factor + self._x.label_weight
+        of_upstream = results.bound(self._x.image_features, self._upstream)
+        return of_all if of_upstream is None else of_all * of_upstream
+
+    def finished(self) -> tuple[Tensor, Sequence[Tensor]]:
+        kl = (self._own - self._other) * self._t2
+        rows = (self._weights * kl).sum(1).sum(0) * (self._x.weight / 2)
+        if self._has_labels:
+            rows = rows + self._labels * self._x.label_weight
+        return rows, [*results.of_teachers(kl, self._weights, -self._own), self._labels]
+
+
+def run(
+    loss: ContrastiveLoss | PairKlLoss,
+    operator: Operator,
+    x: Contrastive | PairKl,
+    request: Request,
+) -> tuple[Tensor, ...]:
+    """The results of an operator, whose loss this is."""
+    count = results.rows_of_mean(operator, x, request)
+    gain = results.upstream_of_all(x, request, count)
+    gradients = Gradients(loss.models[0], request, x.logit_scale, gain, loss.bound())
+    passes = _Passes(loss.models, loss.scales, gradients, loss.copies)
+    softmaxes = loss.softmaxes()
+    passes.include(*softmaxes)
+    terms, of_own = loss.keep(softmaxes)
     if gradients.any:
-        to_labels, to_teachers = _upstream(x, request)
-        factors = weights * (to_teachers * (_factor(x) / 2))
-        terms = [_Term(softmaxes, (factors[0], factors[1]))]
-        if of_labels is not None:
-            terms.append(_Term(of_labels, (to_labels / 2, to_labels / 2)))
-        passes.add_gradients(terms, None if of_labels is None else to_labels)
-    found = gradients.finished()
-    kl = kl * t2
-    rows = (weights * kl).sum(1).sum(0) / 2
-    if of_labels is not None:
-        rows = torch.stack([-_log_likelihood(of_labels), rows])
-    details = results.of_teachers(kl, weights, -own)
-    return results.returned(request, count, rows, details, found)
-
-
-def _upstream(x: PairKl, request: Request) -> tuple[Tensor | float, Tensor | float]:
-    # Of the labels' loss and of the teachers': a number, or one of each pair [N].
-    if request.grad is None:
-        return 1.0, 1.0
-    if x.labels:
-        of_labels, of_teachers = request.grad.to(wide(x.image_features.dtype))
-        return of_labels, of_teachers
-    return 1.0, 1.0 if request.reduction != "none" else request.grad
-
-
-def _bound(x: PairKl, request: Request) -> Tensor | None:
-    images = x.image_features
-    of_weights = results.bound(images, x.weights)
-    if images.dtype != torch.float16:
-        return None
-    one = torch.ones_like(x.logit_scale)
-    # The teachers' part of G, and that of the labels.
-    of_all = (one if of_weights is None else of_weights) * _factor(x) + (1 if x.labels else 0)
-    upstream = request.grad if x.labels else results.upstream_of_rows(request)
-    of_upstream = results.bound(images, None if upstream is None else upstream.flatten())
-    return of_all if of_upstream is None else of_all * of_upstream
-
-
-def _factor(x: PairKl) -> float:
-    # By which G of the teachers is more than differences of probabilities.
-    return (x.temperature**2 if x.scale_by_t2 else 1.0) / x.temperature
+        passes.add_gradients(terms, of_own)
+    return results.returned(request, count, *loss.finished(), gradients.finished())

@@ -7,46 +7,18 @@ before; elsewhere they are cast to float32, some rows of W at a time.
 
 from __future__ import annotations
 
-import functools
 import os
 from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from mulki.ops.logits import Operands, waiting, wide
+from mulki.ops.logits import Operands, multiplies_halves, multiply, waiting, wide
 from mulki.ops.operators import Request
 
 _DEFAULT = {"cpu": 16}  # mebibytes; on the CPU what lies in the caches is faster
 #: What the largest values of G are near in float16, which has few numbers below 6e-5.
 LARGEST = 256.0
-
-
-def _multiply(a: Tensor, b: Tensor, out: Tensor, add: bool = False) -> None:
-    # out = a b, or out += a b; a [m, k] and b [k, n] of one dtype, out [m, n] wide.
-    if a.dtype == out.dtype:
-        if add:
-            out.addmm_(a, b)
-        else:
-            torch.mm(a, b, out=out)
-    elif add:
-        torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
-    else:
-        torch.mm(a, b, out_dtype=out.dtype, out=out)
-
-
-@functools.cache
-def multiplies_halves(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether torch multiplies this half precision into float32 there."""
-    a = torch.zeros(16, 16, dtype=dtype, device=device)
-    try:
-        _multiply(a, a, a.float(), add=True)
-        _multiply(a, a, a.float())
-    except torch.OutOfMemoryError:
-        raise
-    except (RuntimeError, TypeError):  # the latter of older versions on the device "meta"
-        return False
-    return True
 
 
 def budget(device_type: str) -> int:
@@ -95,23 +67,23 @@ class Products:
         """Write X W^T of these rows and columns, without the scale."""
         x, w = self.rows(rows), self.w[columns]
         if not self.is_cast:
-            _multiply(x, w.mT, out)
+            multiply(x, w.mT, out)
             return
         for part, cast in self._parts(w):
-            _multiply(x, cast.mT, out[:, part])
+            multiply(x, cast.mT, out[:, part])
 
     def of_x(self, g: Tensor, columns: slice, out: Tensor, add: bool) -> None:
         """out = G W, or out += G W; G [rows, columns], out [rows, D]."""
         w = self.w[columns]
         if not self.is_cast:
-            _multiply(g, w, out, add)
+            multiply(g, w, out, add)
             return
         for part, cast in self._parts(w):
-            _multiply(g[:, part], cast, out, add or part.start > 0)
+            multiply(g[:, part], cast, out, add or part.start > 0)
 
     def of_w(self, g: Tensor, rows: slice, out: Tensor, add: bool) -> None:
         """out = G^T X, or out += G^T X; G [rows, columns], out [columns, D]."""
-        _multiply(g.mT, self.rows(rows), out, add)
+        multiply(g.mT, self.rows(rows), out, add)
 
     def _parts(self, w: Tensor) -> Iterator[tuple[slice, Tensor]]:
         # Some rows of W at a time, cast.

@@ -12,7 +12,7 @@ from mulki.ops.operators import Arguments, Operator, Request
 
 
 def upstream_of_rows(request: Request) -> Tensor | None:
-    """The upstream gradient of each row where there is one, [N], or [2, N] of two losses."""
+    """The upstream gradient of each row where there is one, [N]."""
     return request.grad if request.reduction == "none" else None
 
 

@@ -6,6 +6,8 @@ over parts of the columns makes the statistics of its rows, and a second one G.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -14,6 +16,7 @@ from mulki.ops.chunked.blocks import Blocks, Logits
 from mulki.ops.chunked.compiling import compilable, filled, into
 from mulki.ops.chunked.products import Gradients, Products, of_models
 from mulki.ops.chunked.statistics import Gate, Statistics, weights_of
+from mulki.ops.logits import in_range
 from mulki.ops.operators import Operator, Request
 from mulki.ops.prototype_cross_entropy import PrototypeCrossEntropy
 from mulki.ops.teacher_kl import TeacherKl
@@ -22,7 +25,22 @@ from mulki.ops.teacher_kl import TeacherKl
 _WHOLE, _PARTS = 2, 3
 
 
-def _run(loss: _Kl | _CrossEntropy, gradients: Gradients) -> None:
+def run(
+    loss: TeacherKlLoss | CrossEntropyLoss,
+    operator: Operator,
+    x: TeacherKl | PrototypeCrossEntropy,
+    request: Request,
+) -> tuple[Tensor, ...]:
+    """The results of an operator, whose loss this is."""
+    count = results.rows_of_mean(operator, x, request)
+    gain = results.upstream_of_all(x, request, count) * loss.factor
+    gradients = Gradients(loss.models[0], request, x.scale, gain, loss.bound())
+    visit(loss, gradients)
+    return results.returned(request, count, *loss.finished(), gradients.finished())
+
+
+def visit(loss: TeacherKlLoss | CrossEntropyLoss, gradients: Gradients) -> None:
+    """Compute a loss a block after the other, and add up the products with its G."""
     copies = _WHOLE
     blocks = Blocks.of(loss.models, copies, gradients.any)
     if len(blocks.columns) > 1:
@@ -47,7 +65,7 @@ def _run(loss: _Kl | _CrossEntropy, gradients: Gradients) -> None:
 
 
 def _first_pass(
-    loss: _Kl | _CrossEntropy, logits: Logits, rows: slice, parts: list[slice]
+    loss: TeacherKlLoss | CrossEntropyLoss, logits: Logits, rows: slice, parts: list[slice]
 ) -> Statistics:
     of: Statistics | None = None
     at_target = sums = None
@@ -69,8 +87,7 @@ def _first_pass(
 
 
 def _within(target: Tensor, columns: slice, classes: int) -> tuple[Tensor, Tensor]:
-    # Places of targets [n, 1] in a part of the columns, and whether they lie there. Those that are
-    # no class are left to the operations that take them, which refuse them.
+    # Places of targets [n, 1] in a part of the columns, and whether they lie there.
     inside = torch.ones_like(target, dtype=torch.bool)
     if columns.start > 0:
         inside &= target >= columns.start
@@ -124,24 +141,48 @@ def _kl_block(
     return own, other, weights, g
 
 
-class _Kl:
-    """A loss over the softmax of rows; `_CrossEntropy` is another one."""
+class TeacherKlLoss:
+    """The loss of `teacher_kl`.
+
+    Args:
+        upstream: the upstream gradient of each row [N]; None for 1.
+    """
 
     sums_classes = False  # whether it needs the sum of the logits of a row
 
-    def __init__(self, x: TeacherKl, upstream: Tensor | None) -> None:
+    def __init__(self, x: TeacherKl, upstream: Tensor | None = None) -> None:
         # The student, then its teachers; [1 + K, 1, 1]; [P] bool, what does not take part; [N, 1].
         self.models = of_models(x[:3], x.teacher_features, x.teacher_prototypes)
-        self.scales = torch.cat([x.scale.reshape(1), x.teacher_scales]) / x.temperature
+        self.scales = torch.stack([x.scale, *x.teacher_scales]) / x.temperature
         self.scales = self.scales.reshape(-1, 1, 1)
         self.masked = None if x.class_mask is None else ~x.class_mask
         self.gate = Gate(x.gate_temperature, x.gate_entropy, x.gate_label)
         self.weights = None if x.weights is None else x.weights.to(x.scale.dtype).mT
-        needs_target = x.weights is None and x.gate_label != 0
-        self.target = x.target.unsqueeze(1) if needs_target and x.target is not None else None
-        self._upstream = upstream
+        self.target = self._outside = None
+        if x.weights is None and x.gate_label != 0 and x.target is not None:
+            target, self._outside = in_range(x.target, len(x.prototypes))
+            self.target = target.unsqueeze(1)
+        self._x, self._upstream = x, upstream
+        self._t2 = x.temperature**2 if x.scale_by_t2 else 1.0
+        self.factor = self._t2 / x.temperature
         # E_k[log p_k], E_k[log q] and weights, [K, n] of each block.
         self.found: list[tuple[Tensor, ...]] = []
+
+    def bound(self) -> Tensor | None:
+        return results.bound(self._x.features, self._upstream, self._x.weights)
+
+    def finished(self) -> tuple[Tensor, Sequence[Tensor]]:
+        """The losses of all rows, and the details."""
+        own, other, weights = (
+            torch.cat(parts, 1) if len(parts) > 1 else parts[0]
+            for parts in zip(*self.found, strict=True)
+        )
+        if self._outside is not None:
+            weights = weights.masked_fill(self._outside, torch.nan)
+        kl = own - other
+        if self._t2 != 1:
+            kl = kl * self._t2
+        return (weights * kl).sum(0), results.of_teachers(kl, weights, -own)
 
     def _weights(self, rows: slice) -> Tensor | None:
         return None if self.weights is None else self.weights[:, rows]
@@ -179,24 +220,6 @@ class _Kl:
         if self._upstream is not None:
             weights = weights * self._upstream[rows]
         return statistics.weighted_difference(p, weights.unsqueeze(2))
-
-
-def teacher_kl(operator: Operator, x: TeacherKl, request: Request) -> tuple[Tensor, ...]:
-    """The results of `mulki.ops.teacher_kl`."""
-    upstream, count = results.upstream_of_rows(request), results.rows_of_mean(operator, x, request)
-    loss = _Kl(x, upstream)
-    t2 = x.temperature**2 if x.scale_by_t2 else 1.0
-    gain = results.upstream_of_all(x, request, count) * (t2 / x.temperature)
-    bound = results.bound(x.features, upstream, x.weights)
-    gradients = Gradients(loss.models[0], request, x.scale, gain, bound)
-    _run(loss, gradients)
-    own, other, weights = (
-        torch.cat(parts, 1) if len(parts) > 1 else parts[0]
-        for parts in zip(*loss.found, strict=True)
-    )
-    kl = (own - other) * t2
-    details = results.of_teachers(kl, weights, -own)
-    return results.returned(request, count, (weights * kl).sum(0), details, gradients.finished())
 
 
 @compilable
@@ -238,13 +261,25 @@ def _to_gradient(
     q.scatter_(1, target, at_target)
 
 
-class _CrossEntropy:
-    def __init__(self, x: PrototypeCrossEntropy, upstream: Tensor | None) -> None:
-        self.kept = (x.target != x.ignore_index).unsqueeze(1)
+class CrossEntropyLoss:
+    """The loss of `prototype_cross_entropy`.
+
+    Args:
+        upstream: the upstream gradient of each row [N]; None for 1.
+    """
+
+    factor = 1.0
+
+    def __init__(self, x: PrototypeCrossEntropy, upstream: Tensor | None = None) -> None:
+        kept = x.target != x.ignore_index
+        self.kept = kept.unsqueeze(1)
+        if upstream is not None:
+            upstream = upstream.where(kept, 0)
         self.models = [Products(x.features, x.prototypes, self.kept)]
         self.scales = x.scale.reshape(1, 1, 1)
         self.masked = None if x.class_mask is None else ~x.class_mask
-        self.target = x.target.unsqueeze(1) * self.kept
+        target, self._outside = in_range(x.target * kept, len(x.prototypes))
+        self.target = target.unsqueeze(1)
         self.sums_classes = x.label_smoothing != 0
         self._smoothing = x.label_smoothing
         self._uniform: Tensor | float = x.label_smoothing / max(len(x.prototypes), 1)
@@ -252,8 +287,17 @@ class _CrossEntropy:
         if x.class_mask is not None and self.sums_classes:
             self._count = x.class_mask.sum().to(x.scale.dtype)
             self._uniform = x.class_mask * (x.label_smoothing / self._count)
-        self._upstream = upstream
+        self._features, self._upstream = x.features, upstream
         self.found: list[Tensor] = []
+
+    def bound(self) -> Tensor | None:
+        return results.bound(self._features, self._upstream)
+
+    def finished(self) -> tuple[Tensor, Sequence[Tensor]]:
+        """The losses of all rows, and no details."""
+        rows = torch.cat(self.found) if len(self.found) > 1 else self.found[0]
+        rows = rows * self.kept.squeeze(1)
+        return rows if self._outside is None else rows.masked_fill(self._outside, torch.nan), ()
 
     def whole(self, u: Tensor, spare: Tensor, rows: slice, with_g: bool) -> Tensor:
         loss, g = _cross_entropy_block(
@@ -282,18 +326,3 @@ class _CrossEntropy:
         if self._upstream is not None:
             p[0].mul_(self._upstream[rows].unsqueeze(1))
         return p[0]
-
-
-def cross_entropy(
-    operator: Operator, x: PrototypeCrossEntropy, request: Request
-) -> tuple[Tensor, ...]:
-    """The results of `mulki.ops.prototype_cross_entropy`."""
-    upstream, count = results.upstream_of_rows(request), results.rows_of_mean(operator, x, request)
-    if upstream is not None:
-        upstream = upstream.where(x.target != x.ignore_index, 0)
-    loss = _CrossEntropy(x, upstream)
-    gain, bound = results.upstream_of_all(x, request, count), results.bound(x.features, upstream)
-    gradients = Gradients(loss.models[0], request, x.scale, gain, bound)
-    _run(loss, gradients)
-    rows = torch.cat(loss.found) * loss.kept.squeeze(1)
-    return results.returned(request, count, rows, (), gradients.finished())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -27,35 +29,54 @@ def _losses(v: Tensor, with_g: bool) -> Tensor:  # [rows]; with_g: v becomes its
     return losses
 
 
-def siglip(operator: Operator, x: Siglip, request: Request) -> tuple[Tensor, ...]:
-    """The results of `mulki.ops.siglip`."""
-    model = Products(x.image_features, x.text_features)
-    upstream, count = results.upstream_of_rows(request), results.rows_of_mean(operator, x, request)
+class SiglipLoss:
+    """The loss of `siglip`.
+
+    Args:
+        upstream: the upstream gradient of each row [N]; None for 1.
+    """
+
+    def __init__(self, x: Siglip, upstream: Tensor | None = None) -> None:
+        self.models = [Products(x.image_features, x.text_features)]
+        self._x, self._upstream = x, upstream
+        self._losses = x.logit_scale.new_zeros(len(x.image_features))
+
+    def block(self, u: Tensor, rows: slice, columns: slice, with_g: bool) -> Tensor:
+        """Add the losses of a block and return its G, given its unscaled logits, written over."""
+        u.mul_(self._x.logit_scale).add_(self._x.logit_bias)
+        # -y u, and its sigmoid -y dL/du.
+        of_pairs = diagonal(u, rows, columns, self._x.offset)
+        of_pairs.neg_()
+        self._losses[rows].add_(_losses(u, with_g))
+        of_pairs.neg_()
+        if with_g and self._upstream is not None:
+            u.mul_(self._upstream[rows].unsqueeze(1))
+        return u
+
+    def bound(self) -> Tensor | None:
+        return results.bound(self._x.image_features, self._upstream)
+
+    def finished(self) -> tuple[Tensor, Sequence[Tensor]]:
+        return self._losses, ()
+
+
+def run(loss: SiglipLoss, operator: Operator, x: Siglip, request: Request) -> tuple[Tensor, ...]:
+    """The results of an operator, whose loss this is."""
+    count = results.rows_of_mean(operator, x, request)
     gain = results.upstream_of_all(x, request, count)
-    bound = results.bound(x.image_features, upstream)
-    gradients = Gradients(model, request, x.logit_scale, gain, bound)
-    of_bias = request.wanted[3]
-    blocks = Blocks.of([model], _COPIES, gradients.any)
-    logits = Logits([model], blocks, 1)
-    losses = x.logit_scale.new_zeros(len(x.image_features))
-    total = torch.zeros_like(x.logit_bias)
+    gradients = Gradients(loss.models[0], request, x.logit_scale, gain, loss.bound())
+    to_bias = request.wanted[3]
+    blocks = Blocks.of(loss.models, _COPIES, gradients.any)
+    logits = Logits(loss.models, blocks, 1)
+    of_bias = torch.zeros_like(x.logit_bias)
     for rows in blocks.rows:
         for columns in blocks.columns:
             u = logits.of(rows, columns)[0][0]
-            u.mul_(x.logit_scale).add_(x.logit_bias)
-            # -y u, and its sigmoid -y dL/du.
-            of_pairs = diagonal(u, rows, columns, x.offset)
-            of_pairs.neg_()
-            losses[rows].add_(_losses(u, gradients.any or of_bias))
-            if not (gradients.any or of_bias):
-                continue
-            of_pairs.neg_()
-            if upstream is not None:
-                u.mul_(upstream[rows].unsqueeze(1))
-            if of_bias:
-                total += u.sum()
+            g = loss.block(u, rows, columns, gradients.any or to_bias)
+            if to_bias:
+                of_bias += g.sum()
             if gradients.any:
-                gradients.add(u, rows, columns)
+                gradients.add(g, rows, columns)
     found = gradients.finished()
-    found.append(total * gain if of_bias else total.new_empty(0))
-    return results.returned(request, count, losses, (), found)
+    found.append(of_bias * gain if to_bias else of_bias.new_empty(0))
+    return results.returned(request, count, *loss.finished(), found)

@@ -24,7 +24,8 @@ def native_bf16(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type == "cpu":
-        # Without AMX a step of training took an Intel Xeon about twice as long (benchmarks/LOG.md).
+        # Without AMX a step of training took an Intel Xeon about twice as long
+        # (docs/what-we-learned.md).
         return _has("amx_tile") or (_has("avx512_bf16") and "Intel" not in cpu_model())
     return False
 

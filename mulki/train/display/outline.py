@@ -14,7 +14,6 @@ from mulki.errors import counted
 from mulki.methods import Method
 from mulki.methods.base import WORDS
 from mulki.ops import backends
-from mulki.ops.serving import grouped
 from mulki.runs.metrics import ZERO_SHOT
 from mulki.train.config.run_config import RunConfig
 from mulki.train.config.tasks import needs_of
@@ -163,13 +162,13 @@ def _kernels(device: torch.device) -> str:
     # Of features, which are float32 whatever the towers compute in.
     wanted = device.type, torch.float32
     here = [s for s in backends.report() if (s.device_type, s.dtype) == wanted]
-    every = len({one.op for one in here})
+    served: dict[tuple[str, str], list[str]] = {}
+    for one in here:
+        served.setdefault((one.who, one.reasons), []).append(one.op)
     texts = []
-    for group in grouped(here):
-        which = "all operators" if len(group.ops) == every else ", ".join(group.ops)
-        sizes = f" at {' and '.join(group.sizes)} sizes" if group.sizes else ""
-        reasons = f" ({group.reasons})" if group.reasons else ""
-        texts.append(f"{group.backend} for {which}{sizes}{reasons}")
+    for (who, reasons), ops in served.items():
+        which = "all operators" if len(ops) == len(here) else ", ".join(ops)
+        texts.append(f"{who} for {which}" + (f" ({reasons})" if reasons else ""))
     return "; ".join(texts) or "plain PyTorch"
 
 

@@ -28,7 +28,7 @@ from mulki.distributed import launch
 from mulki.distributed.world import World
 from mulki.errors import InputError
 from mulki.methods import Method
-from mulki.ops import share_proofs
+from mulki.ops import share_kernels
 from mulki.runs import trackers
 from mulki.runs.folder import RunFolder
 from mulki.runs.new_folder import check_free
@@ -179,8 +179,8 @@ def prepared(
         launch.join(precision.device, config.process_timeout, hold, config.fsdp) as world,
         contextlib.ExitStack() as at_end,
     ):
-        if world.size > 1:
-            share_proofs()
+        if world.size > 1 and precision.device.type != "cpu":
+            share_kernels()
         facts: dict[str, object] = {}
         problem = saved = folder = None
         try:

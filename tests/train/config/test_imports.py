@@ -107,7 +107,7 @@ def test_a_run_with_a_method_a_sequence_and_a_transform_of_ones_own(
     assert first == second and first.splitlines()[2].startswith("shades")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_saved_configuration_imports_in_a_process_of_its_own(
     start_model: dict[str, str], task_folders: Sequence[str]
 ) -> None:

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import fields
-from typing import Any
 
 import pytest
 
-from benchmarks.embedded import compare, studies, tables
 from mulki import methods
 from mulki.clip.models import BUNDLED
 from mulki.errors import InputError
@@ -50,69 +47,6 @@ def test_presets_hold_options_that_exist() -> None:
     for (model, method), options in presets.METHODS.items():
         own = {f.name for f in fields(methods.get(method).Options)}
         assert model in presets.MODELS and options.keys() <= names | own
-
-
-@pytest.mark.parametrize("method", studies.GRIDS)
-def test_preset_of_a_method_is_the_best_point_of_its_grid_at_its_best_strength(method: str) -> None:
-    results = compare.read_results()
-    points = by_variant(
-        r for r in results if r["study"] == "tune" and r["options"]["method"] == method
-    )
-    seeds = len(studies.TUNING_SEEDS)
-    assert all(len(points[run.variant]) == seeds for run in studies.tuning(method))
-    # A grid that was moved on has further points.
-    best = max(points.values(), key=tables.criterion)
-    if method in studies.TUNED:
-        assert chosen_in(best).items() == studies.TUNED[method].items()
-        points = by_variant(
-            r for r in results if r["study"] == "strength" and r["options"]["method"] == method
-        )
-        assert points.keys() == {run.variant for run in studies.strengths(method)}
-        assert all(len(runs) == len(studies.FORM_ORDERS) for runs in points.values())
-        best = max(points.values(), key=tables.criterion)
-    chosen = {name: value for name, value in chosen_in(best).items() if name != "order"}
-    preset = presets.METHODS[BUNDLED, method] | studies.BEFORE_AGAIN.get(method, {})
-    assert preset.items() >= chosen.items()
-
-
-def test_a_point_of_another_study_takes_the_place_of_a_preset_by_its_rule_alone() -> None:
-    results = compare.read_results()
-    points = by_variant(r for r in results if r["study"] == "again")
-    compared = {}
-    for row in studies.AGAIN:
-        before = tables.criterion(
-            r for r in results if (r["study"], r["variant"]) == studies.before_again(row)
-        )
-        for variant, runs in points.items():
-            if variant.rpartition(", ")[0] == row and len(runs) == len(studies.FORM_ORDERS):
-                compared[variant] = tables.criterion(runs) - before
-    clear = [variant for variant, more in compared.items() if more > 0.67]
-    assert len(compared) == 34 and clear == ["snd, lr=0.0001", "finetune, lr=5e-05"]
-    assert presets.METHODS[BUNDLED, "snd"]["lr"] == 1e-4
-    assert presets.METHODS[BUNDLED, "finetune"]["lr"] == 5e-5
-
-
-@pytest.mark.parametrize("row", studies.FORMS)
-def test_a_row_of_mulki_is_the_form_that_it_is_said_to_be(row: str) -> None:
-    form, of_row = (
-        compare.settings_of(studies.Run("held", row, options))
-        for options in (studies.HELD[studies.FORMS[row]], studies.ROWS[row])
-    )
-    assert form == of_row
-
-
-def by_variant(runs: Iterable[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    found: dict[str, list[dict[str, Any]]] = {}
-    for run in runs:
-        found.setdefault(run["variant"], []).append(run)
-    return found
-
-
-def chosen_in(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """The options of a point that the study chose."""
-    options = runs[0]["options"]
-    given = ("tasks", "seed", "method", "label_smoothing", *studies.METHODS[options["method"]])
-    return {name: value for name, value in options.items() if name not in given}
 
 
 def test_small_preset_has_as_many_steps() -> None:

@@ -93,19 +93,6 @@ class Small(nn.Module):
         return out
 
 
-@pytest.mark.parametrize("available", [10**9, None])
-def test_a_size_that_runs_out_of_memory_is_halved(
-    monkeypatch: pytest.MonkeyPatch, available: int | None
-) -> None:
-    emptied: list[int] = []
-    monkeypatch.setattr(torch.accelerator, "empty_cache", lambda: emptied.append(1))
-    small = Small(7)
-    found = fitting_micro_batch(small, torch.zeros(30, WIDTH), (), available, tried=True)
-    assert found.size == 7 and found.available == available
-    assert small.tried == [1, 2, 30, 15, 7] and len(emptied) == 2
-    assert "unknown memory free" in str(MicroBatch(7, 1, None))
-
-
 def test_processes_try_the_same_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
     """However much memory each has: a process that tried more would be alone in its trials."""
     monkeypatch.setattr(torch.accelerator, "empty_cache", lambda: None)
@@ -178,7 +165,7 @@ from mulki.train.learning.memory import keep_freed_memory
 
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    for _ in range(20):
+    for _ in range(5):
         torch.ones(64, 2**18)
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
@@ -192,5 +179,5 @@ def test_freed_memory_is_kept() -> None:
         return
     given_back, kept, later = python("-c", KEPT).split()
     assert kept == "True"
-    # 20 times 64 MiB: at most 2 MiB a page, where the system has pages as large as that.
-    assert int(given_back) - int(later) > 10 * 32
+    # 5 times 64 MiB: at most 2 MiB a page, where the system has pages as large as that.
+    assert int(given_back) - int(later) > 2 * 32

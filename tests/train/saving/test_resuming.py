@@ -86,7 +86,7 @@ CASES: dict[str, dict[str, Any]] = {
     "case",
     mostly_long(
         CASES,
-        *("mulki", "early", "drift", "zscl", "er", "ewc", "keeplora", "crafted", "some adapters"),
+        *("mulki", "early", "drift", "er", "ewc", "crafted"),
     ),
 )
 def test_a_stopped_run_ends_as_if_it_had_not_been(

@@ -96,9 +96,7 @@ CASES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "case", mostly_long(CASES, "mulki", "wise_ft", "er with validation", "ewc", "adapters")
-)
+@pytest.mark.parametrize("case", mostly_long(CASES, "mulki", "er with validation", "adapters"))
 def test_it_is_as_if_both_were_one_run(make: Make, folders: list[str], case: str) -> None:
     options = CASES[case]
     whole = make("whole", folders, **options)
@@ -157,6 +155,7 @@ def test_several_processes_go_on_as_one_does(base: dict[str, Any], tmp_path: Pat
         assert_same_weights(tmp_path / name, one.path, first.path / FIRST)
 
 
+@pytest.mark.long
 def test_from_a_copied_checkpoint_alone(make: Make, folders: list[str], tmp_path: Path) -> None:
     first = make("first", folders[:2], method="mulki")
     whole = make("whole", folders, method="mulki")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import re
 from collections.abc import Iterator
@@ -14,7 +13,6 @@ import torch
 
 from mulki.data import transforms
 from mulki.data.made_images import MadeImages
-from mulki.distributed.world import World
 from mulki.errors import InputError
 from mulki.runs.results import read_evaluations
 from mulki.train import rows, task_learner
@@ -43,20 +41,6 @@ def test_what_fails_before_training_leaves_no_folder(
         run(augment="crop")
     assert (broken == "transform") == isinstance(caught.value, InputError)
     assert not (tmp_path / "logs").exists()
-
-
-def test_processes_take_the_same_kernels(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Shared(Exception):
-        pass
-
-    def share() -> None:
-        raise Shared
-
-    monkeypatch.setattr(setup, "share_proofs", share)
-    of_two = contextlib.nullcontext(World(size=2))
-    monkeypatch.setattr(setup.launch, "join", lambda *given: of_two)
-    with pytest.raises(Shared):
-        run()
 
 
 def test_random_start_weights_come_from_the_seed(run: Run, tiny_models: tuple[str, ...]) -> None:
