@@ -19,10 +19,8 @@ from mulki.ops import toolchain
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CAPABILITY = (8, 0)  # the first with bfloat16 and tf32 on tensor cores
 
-OPERATORS = (
-    *("similarity", "prototype_cross_entropy", "teacher_kl"),
-    *("contrastive", "siglip", "pair_kl"),
-)
+OPERATORS: tuple[str, ...] = ("similarity", "prototype_cross_entropy", "teacher_kl")
+OPERATORS += ("contrastive", "siglip", "pair_kl")
 
 
 def why_not(op: str, device: str, dtype: torch.dtype) -> str | None:

@@ -285,13 +285,9 @@ def compute(
     """The results of at least one pair; with teachers, the labels' loss is the last detail."""
     n, models = len(leaves[0]), len(operands.x)
     k, labels = models - 1, label_weight != 0
-    of_weights = given
-    if given is not None and labels:
-        of_weights = given.abs().sum(-1, keepdim=True).clamp(min=1)
-    largest = abs(label_weight) + (
-        abs(weight) * numbers.t * numbers.inverse_temperature if k else 0
-    )
-    gradients = Gradients(leaves, operands, request, None, largest, of_weights)
+    of_weights = given if given is None or not labels else given.abs().sum(-1, True).clamp(min=1)
+    by_label, by_kl = abs(label_weight), abs(weight) * numbers.t * numbers.inverse_temperature
+    gradients = Gradients(leaves, operands, request, None, by_label + by_kl, of_weights)
     numbers = numbers._replace(inverse_count=gradients.inverse_count)
     inputs = Inputs(weights=given).with_gradients(gradients)
     losses = (*((models,) if k else ()), *((1,) if labels else ()))

@@ -36,6 +36,5 @@ def prototype_cross_entropy(x: PrototypeCrossEntropy, request: Request) -> tuple
     gradients = Gradients(x[:3], operands, request, count)
     loss, of_scale = new_float32(x.features, n), new_float32(x.features, n)
     inputs, numbers = Inputs(target, as_bytes(x.class_mask)), Numbers(smoothing=x.label_smoothing)
-    outputs = Outputs(loss, of_scale=of_scale)
-    compute(operands, inputs, outputs, numbers, gradients, x.ignore_index)
+    compute(operands, inputs, Outputs(loss, of_scale=of_scale), numbers, gradients, x.ignore_index)
     return gradients.results(loss, (), (of_scale,))
