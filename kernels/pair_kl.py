@@ -67,18 +67,22 @@ def load_numbers(ptr, stride, at, inside, COUNT: tl.constexpr):
 
 
 @triton.jit
+def load_statistics(ptr, stride, at, inside, M: tl.constexpr):
+    tops = load_numbers(ptr, stride, at, inside, M)
+    sums = load_numbers(ptr + M * stride, stride, at, inside, M)
+    own = load_numbers(ptr + 2 * M * stride, stride, at, inside, M - 1)
+    other = load_numbers(ptr + (3 * M - 1) * stride, stride, at, inside, M - 1)
+    nothing = teacher_kl.no_statistics(tl.zeros_like(tops[0]), M)
+    return Statistics(tops, sums, own, other, nothing.targets, nothing.totals)
+
+
+@triton.jit
 def load_all(ptr, stride, at, inside, LOSSES: tl.constexpr):
     """What `store_all` wrote, of no target."""
     found = ()
     for i in tl.static_range(len(LOSSES)):
-        M: tl.constexpr = LOSSES[i]
-        tops = load_numbers(ptr, stride, at, inside, M)
-        sums = load_numbers(ptr + M * stride, stride, at, inside, M)
-        own = load_numbers(ptr + 2 * M * stride, stride, at, inside, M - 1)
-        other = load_numbers(ptr + (3 * M - 1) * stride, stride, at, inside, M - 1)
-        nothing = teacher_kl.no_statistics(tl.zeros_like(tops[0]), M)
-        found = found + (Statistics(tops, sums, own, other, nothing.targets, nothing.totals),)
-        ptr += (4 * M - 2) * stride
+        found = found + (load_statistics(ptr, stride, at, inside, LOSSES[i]),)
+        ptr += (4 * LOSSES[i] - 2) * stride
     return found
 
 
@@ -308,8 +312,7 @@ def compute(
 
     row_parts = new_float32(leaves[0], width, fields, step)
     column_parts = new_float32(leaves[0], ceil_div(step, tile.rows), fields, n)
-    own, state = new_float32(leaves[0], models, n), new_float32(leaves[0], 2, fields, n)
-    last = None
+    own, state, last = new_float32(leaves[0], models, n), new_float32(leaves[0], 2, fields, n), None
     for first in range(0, n, step):
         rows, blocks = min(step, n - first), ceil_div(min(step, n - first), tile.rows)
         pair_statistics[(blocks * width,)](
