@@ -1,7 +1,6 @@
-"""What an operator would do on a GPU, recorded on tensors of the device "meta", and compiled.
+"""What an operator would do on a GPU, recorded on tensors of the device "meta".
 
     steps = recorded(lambda: kernel("teacher_kl")(x, request))
-    compiled(steps[0], TARGETS["sm_90"]).registers
 
 Triton's launches are caught where it would start them, all else by torch's dispatcher. Do not
 import this under TRITON_INTERPRET=1.
@@ -9,27 +8,17 @@ import this under TRITON_INTERPRET=1.
 
 from __future__ import annotations
 
-import re
-import subprocess
-import tempfile
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from triton import knobs
-from triton.backends.compiler import GPUTarget
-from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-TARGETS = {
-    "sm_80": GPUTarget("cuda", 80, 32),
-    "sm_90": GPUTarget("cuda", 90, 32),
-    "gfx942": GPUTarget("hip", "gfx942", 64),
-}
+from mulki.ops.operators import OPERATORS
+
 _ALLOCATIONS = ("empty", "new_empty", "empty_strided", "new_empty_strided", "empty_like")
 
 
@@ -83,66 +72,26 @@ def recorded(call: Callable[[], object]) -> list[Launch | Operation]:
     return steps
 
 
-class Compiled(NamedTuple):
-    registers: int
-    spilled: int  # bytes of a thread's stack; of AMD's, registers
-    shared: int  # bytes of a program
-    text: str  # PTX, or AMD's assembly
-
-
-class _NoDevice:
-    """What Triton asks of a driver before it compiles."""
-
-    def __init__(self, target: GPUTarget) -> None:
-        self._target = target
-
-    def get_current_device(self) -> int:
-        return -1  # no device that is here, for which kernels are kept
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-    def get_current_target(self) -> GPUTarget:
-        return self._target
-
-
-def compiled(launch: Launch, target: GPUTarget) -> Compiled:
-    """Compile a launch. Changes the driver of this process.
-
-    Raises:
-        Exception: whatever the compilers raise.
-    """
-    driver.set_active(_NoDevice(target))
-    arguments = dict(launch.arguments)
-    if target.backend == "hip" and "TILE" in arguments:
-        arguments["TILE"] = arguments["TILE"]._replace(precision="ieee")
-    launch.kernel.device_caches.clear()  # of another target
-    found = launch.kernel.warmup(grid=launch.grid, **arguments)
-    if target.backend == "hip":
-        text = found.asm["amdgcn"]
-        return Compiled(
-            _number("vgpr_count", text),
-            _number("vgpr_spill_count", text),
-            found.metadata.shared,
-            text,
-        )
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "kernel.cubin"
-        path.write_bytes(found.asm["cubin"])
-        command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", str(path)]
-        printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    usage = re.search(r"\bREG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", printed)
-    if usage is None:
-        raise RuntimeError(f"cuobjdump: wanted the resources of one kernel, got {printed!r}")
-    registers, stack, local = map(int, usage.groups())
-    return Compiled(registers, stack + local, found.metadata.shared, found.asm["ptx"])
-
-
-def _number(name: str, assembly: str) -> int:
-    found = re.findall(rf"^\s*\.{name}:\s*(\d+)\s*$", assembly, re.MULTILINE)
-    return int(found[0])
-
-
 def meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """A tensor of a shape and dtype without values."""
     return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def arguments_of(op: str, n: int, p: int, d: int, dtype: torch.dtype) -> Any:
+    """Those of an operator: two teachers by the gate on labels, one of pairs; a class mask."""
+    operator = OPERATORS[op]
+
+    def teachers(k: int, classes: int) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        xs, ws = [meta(n, d, dtype=dtype)] * k, [meta(classes, d, dtype=dtype)] * k
+        return xs, ws, [meta()] * k
+
+    labels = meta(n, dtype=torch.int64), meta(p, dtype=torch.bool)
+    rest: dict[str, tuple[Any, ...]] = {
+        "teacher_kl": (*teachers(2, p), None, *labels, 2.0, 1.0, 0.0, 1.0, True),
+        "prototype_cross_entropy": (*labels, 0.1, -100),
+        "siglip": (meta(), 0),
+        "similarity": (True,),
+        "contrastive": (),
+        "pair_kl": (*teachers(1, n), None, 2.0, 1.0, 0.0, 1.0, True, 1.0, 1.0),
+    }
+    return operator.arguments(meta(n, d, dtype=dtype), meta(p, d, dtype=dtype), meta(), *rest[op])

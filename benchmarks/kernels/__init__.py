@@ -1,0 +1,1 @@
+"""What the Triton kernels take, counted without a GPU."""
