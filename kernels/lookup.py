@@ -19,10 +19,8 @@ from mulki.ops import toolchain
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CAPABILITY = (8, 0)  # the first with bfloat16 and tf32 on tensor cores
 
-OPERATORS = (
-    *("similarity", "prototype_cross_entropy", "teacher_kl"),
-    *("contrastive", "siglip", "pair_kl"),
-)
+OPERATORS: tuple[str, ...] = ("similarity", "prototype_cross_entropy", "teacher_kl")
+OPERATORS += ("contrastive", "siglip", "pair_kl")
 
 
 def why_not(op: str, device: str, dtype: torch.dtype) -> str | None:
@@ -40,9 +38,8 @@ def why_not(op: str, device: str, dtype: torch.dtype) -> str | None:
     except ImportError as error:
         return f"triton is not importable ({error}): install the one that this torch names"
     if device == "cpu":
-        if os.environ.get("TRITON_INTERPRET") != "1":
-            return "runs on CPU tensors in Triton's interpreter alone; set TRITON_INTERPRET=1"
-        return None
+        interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+        return None if interpreted else "runs on CPU tensors under TRITON_INTERPRET=1 alone"
     return _missing(torch.device(device)) or "; ".join(toolchain.missing()) or None
 
 
@@ -71,21 +68,14 @@ def kernel(op: str) -> Callable[..., Any]:
     function = getattr(importlib.import_module(f"mulki.kernels.{op}"), op)
 
     def on_its_device(x: Any, request: Any) -> tuple[torch.Tensor, ...]:
-        with current_device(x[0].device):
+        with _current(x[0].device):
             return function(x, request)
 
     return on_its_device
 
 
-def current_device(device: torch.device) -> AbstractContextManager[Any]:
-    """Makes `device` the current one. Triton launches there, wherever the tensors are."""
+def _current(device: torch.device) -> AbstractContextManager[Any]:
+    # Triton launches on the current device, wherever the tensors are.
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         return torch.cuda.device(device)
-    if device.type == "xpu":
-        return torch.xpu.device(device)
-    return nullcontext()
-
-
-def is_capturing() -> bool:
-    """Whether launches go into a CUDA graph, where each costs the host nothing later."""
-    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+    return torch.xpu.device(device) if device.type == "xpu" else nullcontext()

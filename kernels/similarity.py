@@ -1,207 +1,105 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, disable-error-code="assignment,misc"
 """similarity: z_ij = scale a_i (x_i . w_j) b_j [N, P]; a = b = 1, or the inverse row norms.
 
-Products of the library write blocks of X W^T in float32 (`chunks`), and what is written to z is
-their product with the factors. So no normalised row is rounded, and z is rounded once.
+    X [N, D], W [P, D]; a_i = 1 / max(|x_i|, 1e-12) where rows are normalised, b likewise
 
-The backward is given G. With A = G W, or G times the normalised W, and u = a x:
+One launch. A program makes a tile of X W^T, and adds up the squares of the rows that it loads for
+it. It multiplies the tile by the norms and the scale in float32, and writes it in the dtype of X:
+no normalised row is rounded, and z is rounded once.
 
-    dL/dscale = sum_i <u_i, A_i>
-    dx = scale A, or with normalisation dx = scale a (A - u <u, A>)
-
-A is a product of the library (for dW likewise G^T X). A program of `project` keeps a few rows,
-reads A and X twice, and writes dx and <u, A>.
+Gradients are two products with the upstream gradient G, and plain PyTorch. With u = a x and A =
+G (b W): ds = sum_i <u_i, A_i>, dx = s a (A - u <u, A>), without the last term unless normalised.
 """
 
 from __future__ import annotations
-
-from itertools import chain
-from typing import TYPE_CHECKING
 
 import torch
 import triton.language as tl
 from torch import Tensor
 
-from . import common, results, schedule
-from .chunks import Blocks
-from .common import Model, ceil_div
-from .launch import launch, multiply
-from .products import jit_kernel
+from mulki.ops import reference
+from mulki.ops.operators import OPERATORS, Request
+from mulki.ops.similarity import SimilarityMatrix
 
-if TYPE_CHECKING:
-    from mulki.ops.operators import Request
-    from mulki.ops.similarity import SimilarityMatrix
-
-ROWS, COLUMNS = 8, 128  # block sizes of `row_inverse_norms` and `project`
+from .gradients import multiply
+from .tiles import Operands, ceil_div, jit_kernel, new_float32, tile_of
 
 
 @jit_kernel
-def row_inverse_norms(
-    x_ptr,  # [N, D]
-    x_stride,
-    out_ptr,  # [N] float32
+def similarity_tiles(
+    operands,  # see `Operands`
+    z_ptr,  # [N, P] in the dtype of X
     n,
-    d,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    p,
+    NORMALIZE: tl.constexpr,
+    TILE: tl.constexpr,
 ):
-    """1 / max(|x|, 1e-12), as torch.nn.functional.normalize divides."""
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    x_ptrs = x_ptr + tl.minimum(rows, n - 1).to(tl.int64)[:, None] * x_stride
-    squares = tl.zeros([ROWS, COLUMNS], tl.float32)
-    for k in range(0, d, COLUMNS):
-        columns = k + tl.arange(0, COLUMNS)
-        x = tl.load(x_ptrs + columns[None, :], mask=(columns < d)[None, :], other=0.0)
-        x = x.to(tl.float32)
-        squares += x * x
-    norm = tl.sqrt(tl.sum(squares, 1))
-    tl.store(out_ptr + rows, 1.0 / tl.maximum(norm, 1e-12), mask=rows < n)
-
-
-@jit_kernel
-def project(
-    a_ptr,  # [N, D] float32
-    x_ptr,  # [N, D]
-    x_stride,
-    inverse_norms_ptr,  # [N], or None
-    scale_ptr,  # 0-d
-    out_ptr,  # [N, D], or None
-    projection_ptr,  # [N] <u, A>
-    n,
-    d,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    inside = rows < n
-    samples = tl.minimum(rows, n - 1).to(tl.int64)
-    scale = tl.load(scale_ptr).to(tl.float32)
-    inverse_norm = tl.full([ROWS], 1.0, tl.float32)
-    if inverse_norms_ptr is not None:
-        inverse_norm = tl.load(inverse_norms_ptr + samples)
-    products = tl.zeros([ROWS, COLUMNS], tl.float32)
-    for k in range(0, d, COLUMNS):
-        columns = k + tl.arange(0, COLUMNS)
-        within = (columns < d)[None, :]
-        a = tl.load(a_ptr + samples[:, None] * d + columns[None, :], mask=within, other=0.0)
-        x = tl.load(x_ptr + samples[:, None] * x_stride + columns[None, :], mask=within, other=0.0)
-        products += a * (x.to(tl.float32) * inverse_norm[:, None])
-    projection = tl.sum(products, 1)
-    tl.store(projection_ptr + rows, projection, mask=inside)
-    if out_ptr is not None:
-        # Norms of at most 1e-12 are replaced by that constant, so nothing is projected out.
-        drop = tl.zeros([ROWS], tl.float32)
-        if inverse_norms_ptr is not None:
-            drop = tl.where(inverse_norm < 0.99e12, projection * inverse_norm, 0.0)
-        for k in range(0, d, COLUMNS):
-            columns = k + tl.arange(0, COLUMNS)
-            within = (columns < d)[None, :]
-            a = tl.load(a_ptr + samples[:, None] * d + columns[None, :], mask=within, other=0.0)
-            x_at = x_ptr + samples[:, None] * x_stride + columns[None, :]
-            x = tl.load(x_at, mask=within, other=0.0)
-            out = scale * inverse_norm[:, None] * (a - x.to(tl.float32) * drop[:, None])
-            at = out_ptr + samples[:, None] * d + columns[None, :]
-            tl.store(at, out.to(out_ptr.dtype.element_ty), mask=within & inside[:, None])
-
-
-def inverse_norms(operand: Tensor) -> Tensor:
-    """1 / max(|x|, 1e-12) of every row, [N] float32."""
-    out = common.empty_float32(operand, operand.shape[0])
-    launch(
-        row_inverse_norms,
-        (ceil_div(operand.shape[0], ROWS),),
-        warps=4,
-        stages=1,
-        x_ptr=operand,
-        x_stride=operand.stride(0),
-        out_ptr=out,
-        n=operand.shape[0],
-        d=operand.shape[1],
-        ROWS=ROWS,
-        COLUMNS=COLUMNS,
-    )
-    return out
+    BLOCK_N: tl.constexpr = TILE.rows
+    BLOCK_P: tl.constexpr = TILE.columns
+    DEPTH: tl.constexpr = TILE.depth
+    PRECISION: tl.constexpr = TILE.precision
+    parts = tl.cdiv(p, BLOCK_P)
+    rows = tl.program_id(0) // parts * BLOCK_N + tl.arange(0, BLOCK_N)
+    columns = tl.program_id(0) % parts * BLOCK_P + tl.arange(0, BLOCK_P)
+    steps = tl.arange(0, DEPTH)
+    x_rows = tl.minimum(rows, n - 1).to(tl.int64)[:, None] * operands.x_strides[0]
+    w_rows = tl.minimum(columns, p - 1).to(tl.int64)[None, :] * operands.w_strides[0]
+    x_ptrs = operands.x[0] + x_rows + steps[None, :]
+    w_ptrs = operands.w[0] + w_rows + steps[:, None]
+    z = tl.zeros([BLOCK_N, BLOCK_P], tl.float32)
+    of_x = tl.zeros([BLOCK_N], tl.float32)
+    of_w = tl.zeros([BLOCK_P], tl.float32)
+    for k in range(0, operands.widths[0], DEPTH):
+        inside = k + steps < operands.widths[0]
+        x = tl.load(x_ptrs, mask=inside[None, :], other=0.0)
+        w = tl.load(w_ptrs, mask=inside[:, None], other=0.0)
+        if TILE.upcast:
+            x, w = x.to(tl.float32), w.to(tl.float32)
+        z = tl.dot(x, w, z, input_precision=PRECISION)
+        if NORMALIZE:
+            x, w = x.to(tl.float32), w.to(tl.float32)
+            of_x += tl.sum(x * x, 1)
+            of_w += tl.sum(w * w, 0)
+        x_ptrs += DEPTH
+        w_ptrs += DEPTH
+    if NORMALIZE:
+        z = z * (1.0 / tl.maximum(tl.sqrt(of_x), 1e-12))[:, None]
+        z = z * (1.0 / tl.maximum(tl.sqrt(of_w), 1e-12))[None, :]
+    z *= tl.load(operands.scales[0]).to(tl.float32)
+    at = z_ptr + rows.to(tl.int64)[:, None] * p + columns[None, :]
+    tl.store(at, z.to(z_ptr.dtype.element_ty), mask=(rows < n)[:, None] & (columns < p)[None, :])
 
 
 def similarity(x: SimilarityMatrix, request: Request) -> tuple[Tensor, ...]:
-    """The matrix in the dtype of the features."""
-    leaves, shape = x[:3], (len(x.features), len(x.prototypes))
-    if 0 in shape:
-        none, *gradients = results.of_nothing(request, leaves, shape)
-        return none.to(x.features.dtype), *gradients
-    model, scale = Model.of(x.features, x.prototypes), common.as_float32(x.scale)
-    of_rows, of_columns = (inverse_norms(v) if x.normalize else None for v in model)
-    z = x.features.new_empty(0)
-    if request.grad is None:
-        z = _matrix(model, scale, of_rows, of_columns)
-    gradients = [leaf.new_empty(0, dtype=results.dtype(request, leaf)) for leaf in leaves]
-    if any(request.wanted):
-        g = x.features.new_ones(()).expand(shape) if request.grad is None else request.grad
-        g = g.to(x.features.dtype)
-        if request.wanted[0] or request.wanted[2]:
-            of_x = gradients[0].dtype if request.wanted[0] else None
-            a = _product(g, model.prototypes, of_columns)
-            gradients[0], projection = _project(a, model.features, of_rows, scale, of_x)
-            if request.wanted[2]:
-                gradients[2] = projection.sum().to(gradients[2].dtype)
-        if request.wanted[1]:
-            a = _product(g.mT, model.features, of_rows)
-            gradients[1], _ = _project(a, model.prototypes, of_columns, scale, gradients[1].dtype)
-    return z, *gradients
-
-
-def _matrix(
-    model: Model, scale: Tensor, of_rows: Tensor | None, of_columns: Tensor | None
-) -> Tensor:
-    """z, from the operands and their inverse norms."""
-    z = model.features.new_empty((len(model.features), len(model.prototypes)))
-    problem = schedule.Problem.of([model], gradient=False, softmax=False)
-    blocks = Blocks([model], schedule.plan(problem))
-    for block in chain.from_iterable(blocks):
-        rows, columns = slice(block.first, block.last), slice(block.start, block.stop)
-        blocks.compute_logits(block)
-        y = blocks.of_models[0][: block.last - block.first, : block.stop - block.start]
-        if of_rows is not None and of_columns is not None:
-            y.mul_(of_rows[rows, None]).mul_(of_columns[None, columns])
-        torch.mul(y, scale, out=z[rows, columns])
-    return z
-
-
-def _product(g: Tensor, operand: Tensor, inverse_norms: Tensor | None) -> Tensor:
-    """G times the operand, or its normalised rows, in float32."""
-    if inverse_norms is not None:
-        operand = (operand * inverse_norms[:, None]).to(operand.dtype)
-    out = common.empty_float32(operand, g.shape[0], operand.shape[1])
-    multiply(g, operand, out)
-    return out
-
-
-def _project(
-    a: Tensor,
-    operand: Tensor,
-    inverse_norms: Tensor | None,
-    scale: Tensor,
-    dtype: torch.dtype | None,
-) -> tuple[Tensor, Tensor]:
-    """The gradient of the operand (empty if `dtype` is None), and <u, A> of every row."""
-    n, d = a.shape
-    out = None if dtype is None else a.new_empty((n, d), dtype=dtype)
-    projection = common.empty_float32(a, n)
-    launch(
-        project,
-        (ceil_div(n, ROWS),),
-        warps=4,
-        stages=1,
-        a_ptr=a,
-        x_ptr=operand,
-        x_stride=operand.stride(0),
-        inverse_norms_ptr=inverse_norms,
-        scale_ptr=scale,
-        out_ptr=out,
-        projection_ptr=projection,
-        n=n,
-        d=d,
-        ROWS=ROWS,
-        COLUMNS=COLUMNS,
+    """The matrix in the dtype of the features, or its gradients."""
+    n, p = len(x.features), len(x.prototypes)
+    if 0 in (n, p):
+        return reference.run(OPERATORS["similarity"], x, request)
+    if request.grad is not None:
+        return x.features.new_empty(0), *_gradients(x, request, request.grad)
+    z = x.features.new_empty((n, p))
+    operands = Operands.of((x.features,), (x.prototypes,), (x.scale,))
+    tile = tile_of(operands, n)
+    similarity_tiles[(ceil_div(n, tile.rows) * ceil_div(p, tile.columns),)](
+        operands, z, n, p, x.normalize, tile, **tile.options()
     )
-    return operand.new_empty(0) if out is None else out, projection
+    return z, *(x.scale.new_empty(0) for _ in range(3))
+
+
+def _gradients(x: SimilarityMatrix, request: Request, grad: Tensor) -> list[Tensor]:
+    leaves, found = x[:2], [leaf.new_empty(0) for leaf in x[:3]]
+    norms = [torch.linalg.vector_norm(v, dim=1, keepdim=True, dtype=torch.float32) for v in leaves]
+    inverse = [1 / v.clamp(1e-12) if x.normalize else torch.ones_like(v) for v in norms]
+    for i, g in enumerate((grad.to(x.features.dtype), grad.to(x.features.dtype).mT)):
+        with_scale = i == 0 and request.wanted[2]
+        if request.wanted[i] or with_scale:
+            a, other = new_float32(leaves[i], *leaves[i].shape), leaves[1 - i]
+            multiply(g, (other * inverse[1 - i]).to(other.dtype) if x.normalize else other, a)
+            u = leaves[i] * inverse[i]
+            along = (u * a).sum(1, keepdim=True)
+            if with_scale:
+                found[2] = along.sum().to(x.scale.dtype)
+            if x.normalize:  # a row shorter than the shortest is divided by a constant
+                a = (a - u * along.masked_fill(norms[i] < 1e-12, 0)).mul_(inverse[i])
+            found[i] = a.mul_(x.scale).to(leaves[i].dtype) if request.wanted[i] else found[i]
+    return found

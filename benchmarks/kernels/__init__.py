@@ -1,1 +1,1 @@
-"""What the Triton kernels become on each architecture, and what they may take there."""
+"""What the Triton kernels take, counted without a GPU."""

@@ -35,11 +35,12 @@ def run(
     count = results.rows_of_mean(operator, x, request)
     gain = results.upstream_of_all(x, request, count) * loss.factor
     gradients = Gradients(loss.models[0], request, x.scale, gain, loss.bound())
-    _visit(loss, gradients)
+    visit(loss, gradients)
     return results.returned(request, count, *loss.finished(), gradients.finished())
 
 
-def _visit(loss: TeacherKlLoss | CrossEntropyLoss, gradients: Gradients) -> None:
+def visit(loss: TeacherKlLoss | CrossEntropyLoss, gradients: Gradients) -> None:
+    """Compute a loss a block after the other, and add up the products with its G."""
     copies = _WHOLE
     blocks = Blocks.of(loss.models, copies, gradients.any)
     if len(blocks.columns) > 1:
