@@ -59,6 +59,8 @@ class Gradients:
         self.upstream = request.grad
         if request.grad is not None and request.reduction != "none":
             self.upstream = request.grad.expand(len(self._x))
+        #: Elements from a row of G to the next: rows are aligned.
+        self.stride = ceil_div(len(self._w), 16) * 16
         self.count = count
         self._is_mean = request.reduction == "mean" and count is None
         self.inverse_count = 1.0 / len(self._x) if self._is_mean else 1.0
@@ -80,11 +82,6 @@ class Gradients:
     def dtype(self, leaf: Tensor) -> torch.dtype:
         """That of its gradient."""
         return logits.waiting(leaf) if self._request.grad is None else leaf.dtype
-
-    @property
-    def stride(self) -> int:
-        """Elements from a row of G to the next: rows are aligned."""
-        return ceil_div(len(self._w), 16) * 16
 
     def rows(self, multiple: int) -> int:
         """How many rows of G are written at a time: all where memory allows it."""

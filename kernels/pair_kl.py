@@ -234,7 +234,6 @@ def pair_gradient(
     LOSSES: tl.constexpr,
     TILE: tl.constexpr,
 ):  # fmt: skip
-    K: tl.constexpr = len(operands.scales) - 1
     parts = tl.cdiv(total, TILE.columns)
     i, j = tl.program_id(0) // parts, tl.program_id(0) % parts
     rows = i * TILE.rows + tl.arange(0, TILE.rows)
@@ -262,8 +261,8 @@ def pair_gradient(
                     tile -= tl.where(samples[:, None] == pairs[None, :], 2.0 * factor, 0.0)
             else:
                 factor = half * (weight * numbers.t * numbers.inverse_temperature)
-                for m in tl.static_range(K):
-                    w_ptr = weights_ptr + side * K * wide + at * K + m
+                for m in tl.static_range(len(ys) - 1):
+                    w_ptr = weights_ptr + (side * wide + at) * (len(ys) - 1) + m
                     factors = factors + (factor * tl.load(w_ptr, mask=here, other=0.0),)
                 factors = _expanded(factors, side)
                 tile += teacher_kl.softmax_differences(ys, cs[k], tops, log_sums, factors)

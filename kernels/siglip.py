@@ -4,7 +4,7 @@
     X [N, D], W [P, D], y_ij = +1 where j = i + offset, else -1
     G_ij = dL/du_ij = g_i (sigmoid(u_ij) - [j = i + offset]), g_i the upstream gradient
 
-No statistics are needed: a program keeps BLOCK_N rows, walks tiles of BLOCK_P columns, makes each
+No statistics are needed: a program keeps some rows, walks tiles of columns, makes each
 by tl.dot, adds up the loss, and writes G. Beside it there are sums of rows in registers: of G, for
 the bias, and of G times X W^T, for the scale. X and W are read, and nothing but G is of size N x P.
 """
@@ -61,20 +61,17 @@ def siglip_rows(
     GRADIENT: tl.constexpr,
     TILE: tl.constexpr,
 ):  # fmt: skip
-    BLOCK_N: tl.constexpr = TILE.rows
-    BLOCK_P: tl.constexpr = TILE.columns
-    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    rows = tl.program_id(0) * TILE.rows + tl.arange(0, TILE.rows)
     inside = rows < n
     samples = first_row + rows.to(tl.int64)
     scale = tl.load(operands.scales[0]).to(tl.float32)
     bias = tl.load(bias_ptr).to(tl.float32)
     share, factor = factors_of(inputs, operands.scales[0], inverse_count)
     upstream = upstream_of(inputs, samples, inside)
-    loss = tl.zeros([BLOCK_N], tl.float32)
-    of_scale = tl.zeros([BLOCK_N], tl.float32)
-    of_bias = tl.zeros([BLOCK_N], tl.float32)
-    for start in range(0, p, BLOCK_P):
-        columns = start + tl.arange(0, BLOCK_P)
+    zero = tl.zeros([TILE.rows], tl.float32)
+    loss, of_scale, of_bias = zero, zero, zero
+    for start in range(0, p, TILE.columns):
+        columns = start + tl.arange(0, TILE.columns)
         (y,) = logit_tiles(operands, None, rows, samples, columns, n, total, p, TILE)
         active = (columns < p)[None, :]
         match = (samples + offset)[:, None] == columns[None, :]

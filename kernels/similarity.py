@@ -47,8 +47,7 @@ def similarity_tiles(
     x_ptrs = operands.x[0] + x_rows + steps[None, :]
     w_ptrs = operands.w[0] + w_rows + steps[:, None]
     z = tl.zeros([BLOCK_N, BLOCK_P], tl.float32)
-    of_x = tl.zeros([BLOCK_N], tl.float32)
-    of_w = tl.zeros([BLOCK_P], tl.float32)
+    of_x, of_w = tl.zeros([BLOCK_N], tl.float32), tl.zeros([BLOCK_P], tl.float32)
     for k in range(0, operands.widths[0], DEPTH):
         inside = k + steps < operands.widths[0]
         x = tl.load(x_ptrs, mask=inside[None, :], other=0.0)

@@ -324,16 +324,16 @@ def row_losses(
     # Of each row: the loss, and its numbers in G.
     share, factor = factors_of(inputs, operands.scales[0], numbers.inverse_count)
     g = upstream_of(inputs, samples, inside)
-    smoothing = numbers.smoothing
-    class_count = tl.sum(classes, 0).to(tl.float32)
+    smoothing, class_count = numbers.smoothing, tl.sum(classes, 0).to(tl.float32)
     if MODELS == 1:
         ignored = target == ignore_index
         log_sum = tl.log(statistics.sums[0])
         log_q = (statistics.targets[0] - statistics.tops[0]) - log_sum
         loss = -(1.0 - smoothing) * log_q
         if SMOOTHED:
-            mean = statistics.totals[0] / class_count
-            loss -= smoothing * ((mean - statistics.tops[0]) - log_sum)
+            loss -= smoothing * (
+                (statistics.totals[0] / class_count - statistics.tops[0]) - log_sum
+            )
         tl.store(outputs.loss + samples, tl.where(ignored, 0.0, known * loss), mask=inside)
         g = tl.where(ignored, 0.0, known * g)
     else:

@@ -16,6 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mulki.ops import checks
+
 COUNTS = ("n", "p", "first_row", "total", "parts", "ignore_index", "offset")
 jit_kernel = triton.jit(do_not_specialize=COUNTS)  # decorates the functions that are launched
 
@@ -108,8 +110,14 @@ def precision(x: Tensor) -> str:
     """The input_precision of tl.dot: tf32 where PyTorch allows it, else a product of float32.
 
     tf32x3, three products of tf32, is as exact and takes tensor cores. AMD's compiler refuses it.
+    MULKI_INPUT_PRECISION overrides this; another value than these is a ValueError.
     """
-    if x.dtype != torch.float32 or x.device.type == "cpu" or torch.version.hip is not None:
+    if x.dtype != torch.float32 or x.is_cpu:
+        return "ieee"
+    if asked := os.environ.get("MULKI_INPUT_PRECISION", ""):
+        checks.choice("MULKI_INPUT_PRECISION", asked, ("ieee", "tf32", "tf32x3"))
+        return asked
+    if torch.version.hip is not None:
         return "ieee"
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "tf32x3"
 
@@ -126,13 +134,12 @@ def row_product(
     TILE: tl.constexpr,
 ):
     """The tile of X W^T, in float32."""
-    DEPTH: tl.constexpr = TILE.depth
     PRECISION: tl.constexpr = TILE.precision  # Triton 3.6 hands on no string that has no name
-    steps = tl.arange(0, DEPTH)
+    steps = tl.arange(0, TILE.depth)
     x_ptrs = x_ptr + (x_rows[:, None] * x_stride + steps[None, :])
     w_ptrs = w_ptr + (w_rows[None, :] * w_stride + steps[:, None])
     y = tl.zeros([x_rows.shape[0], w_rows.shape[0]], tl.float32)
-    for k in range(0, d, DEPTH):
+    for k in range(0, d, TILE.depth):
         if TILE.even:
             x = tl.load(x_ptrs)
             w = tl.load(w_ptrs)
@@ -144,8 +151,8 @@ def row_product(
             x = x.to(tl.float32)
             w = w.to(tl.float32)
         y = tl.dot(x, w, y, input_precision=PRECISION)
-        x_ptrs += DEPTH
-        w_ptrs += DEPTH
+        x_ptrs += TILE.depth
+        w_ptrs += TILE.depth
     return y
 
 

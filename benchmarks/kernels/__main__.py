@@ -233,7 +233,8 @@ most of it from the L2 cache (of the library: tiles of 128 x 128); "largest" is 
 tensor beside the results. A cell is ours / eager / torch.compile with logits in fp32 / in bf16.
 Eager is the formula of `mulki.ops`, in float32. Of torch.compile the least that it can do is
 counted: one kernel for each pass over the logits, and none between. Logits in bfloat16 break what
-the losses promise of accuracy (docs/numerics.md). `python -m benchmarks.kernels` makes this page."""
+the losses promise of accuracy (docs/numerics.md). `python -m benchmarks.kernels` makes this page.
+"""
 
 
 def main() -> None:
